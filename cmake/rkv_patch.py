@@ -157,7 +157,12 @@ def _apply_file(name: str, part: FilePatch, data: bytes | None, reverse: bool, e
 
 
 def apply(
-    patches: Iterable[Patch], read: Reader, *, reverse: bool = False, exact: bool = False, base: Files | None = None
+    patches: Iterable[Patch],
+    read: Reader,
+    *,
+    reverse: bool = False,
+    exact: bool = False,
+    base: Files | None = None,
 ) -> Files:
     """Every touched file's new content. `read` gives the tree's files, `base` overrides them.
 

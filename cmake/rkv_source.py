@@ -109,7 +109,9 @@ def fetch(pin: dict[str, str]) -> Path:
             _pip_download(f"llama-cpp-python=={version}", digest, Path(temporary))
             found = list(Path(temporary).glob("*.tar.gz"))
             if len(found) != 1:
-                raise SourceError(f"pip downloaded {len(found)} archives of llama-cpp-python {version}, not 1")
+                raise SourceError(
+                    f"pip downloaded {len(found)} archives of llama-cpp-python {version}, not 1"
+                )
             if sha256(found[0]) != digest:
                 raise SourceError(f"wrong hash: {found[0].name} is not the archive named in {PIN_FILE.name}")
             found[0].replace(archive)

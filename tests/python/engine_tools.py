@@ -231,6 +231,12 @@ class Model:
         self.d_head = llama_cpp.llama_model_n_embd(self.model) // self.n_head
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
+    def tokenize(self, text: str) -> list[int]:
+        raw, vocab = text.encode(), llama_cpp.llama_model_get_vocab(self.model)
+        out = (ctypes.c_int32 * (len(raw) + 2))()
+        n = llama_cpp.llama_tokenize(vocab, raw, len(raw), out, len(out), True, False)
+        return [int(t) for t in out[:n]]
+
     def close(self) -> None:
         if self.model:
             llama_cpp.llama_model_free(self.model)

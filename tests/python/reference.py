@@ -7,6 +7,7 @@ head g belongs to KV head g // (n_head // n_head_kv).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -222,14 +223,14 @@ def empty_aux(n_sim: int, n: int, n_head_kv: int) -> Floats:
 def latest_update(k: Floats, pos: Ints, aux: Floats, n_old: int, rope: Rope) -> Floats:
     """aux after comparing every cell j with each later new key i >= max(n_old, j + 1): highest first."""
     n_sim, n, n_head_kv = aux.shape
-    out = np.array(aux, dtype=np.float64)
+    out = np.empty(aux.shape)
+    later_and_new = np.triu(np.ones((n, n), bool), 1)  # [j, i]: i is later than j ...
+    later_and_new[:, :n_old] = False  # ... and has not been compared before
     for h in range(n_head_kv):
         u = unit(unrotate(k[:, h], pos[:, h], rope, np.float32))  # the angles that ggml turned them by
-        s = u @ u.T
-        for j in range(n):
-            later = s[j, max(n_old, j + 1) :]
-            seen = np.concatenate([out[:, j, h], later])
-            out[:, j, h] = np.sort(seen)[::-1][:n_sim]
+        s = np.where(later_and_new, u @ u.T, MISSING)
+        seen = np.concatenate([aux[:, :, h].T, s], axis=1)
+        out[:, :, h] = -np.sort(-seen, axis=1)[:, :n_sim].T
     return out
 
 
@@ -295,7 +296,7 @@ class Tally:
 
 
 def check_kept(
-    kept: list[Ints] | Ints,
+    kept: Sequence[Ints] | Ints,
     k: Floats,
     q: Floats,
     spec: Spec,

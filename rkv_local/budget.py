@@ -1,0 +1,261 @@
+"""How large the cache is and what is kept in it: parameters and their memory arithmetic."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from .shape import ModelShape, row_bytes
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from llama_cpp import Llama as StockLlama
+
+# Names as in enum rkv_policy of native/rkv.h, in its order.
+POLICIES: dict[str, str] = {
+    "none": "stock llama.cpp: the cache has n_ctx cells and nothing is evicted",
+    "rkv": "important and not redundant: Z = lam*I - (1 - lam)*R (R-KV, arXiv 2505.24133)",
+    "snapkv": "what the last tokens attend to: Z = I (SnapKV, arXiv 2404.14469)",
+    "streaming": "the pinned first tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)",
+    "latest": "the latest copy, keys compared without their rotation: "
+    "Z = lam*I/max(I) - (1 - lam)*L (docs/design.md, section 2)",
+}
+
+SCHEDULES: dict[str, str] = {
+    "uniform": "the same budget in every layer",
+    "pyramid": "wide first layers, narrow last ones, linear in between (PyramidKV, arXiv 2406.02069)",
+}
+
+# PyramidKV's beta: the last layer keeps 1/20 of the average (section 4.2 of the paper).
+_PYRAMID_BETA = 20
+_MAX_CELLS = 2**31 - 1  # cells are numbered with int32
+_MAX_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """Size and policy of a compressed KV cache. All counts are in cells: one token in one layer and KV head.
+
+    Args:
+        budget: B, cells that a sequence keeps after a compaction; window and pinned cells are inside it.
+        buffer: S, tokens admitted between two compactions.
+        window: the most recent tokens, always kept; their queries judge importance (1 to 64).
+        policy: a key of POLICIES.
+        lam: weight of importance against redundancy, 0 to 1 (the paper's lambda).
+        pin: the first tokens of a sequence, never evicted; at most budget - window - 1.
+        pool: width of the max-pool over importance, odd; 1 is none.
+        threshold: cosine above which two keys count as copies, -1 to 1.
+        n_sim: how many of the highest similarities `latest` averages, 1 to 4.
+        reference: `rkv` only: a key without a copy zeroes column 0, as the authors' code does.
+        batch: most tokens of one sequence in one decode; None stands for max(buffer, 256).
+        layer_budgets: None, a key of SCHEDULES, or one budget per layer, each at least window + pin + 1.
+
+    Raises:
+        ValueError: a value out of range; one line with the field, the value and what is allowed.
+    """
+
+    budget: int = 1024
+    buffer: int = 128
+    window: int = 8
+    policy: str = "rkv"
+    lam: float = 0.1
+    pin: int = 4
+    pool: int = 7
+    threshold: float = 0.5
+    n_sim: int = 1
+    reference: bool = False
+    batch: int | None = None
+    layer_budgets: str | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, str) or self.policy not in POLICIES:
+            raise ValueError(f"policy is {self.policy!r}, must be one of {', '.join(POLICIES)}")
+        self._set("window", _integer("window", self.window, 1, _MAX_WINDOW))
+        self._set("budget", _integer("budget", self.budget, 1, _MAX_CELLS))
+        if self.budget <= self.window:
+            raise ValueError(f"budget is {self.budget}, must be larger than window, {self.window}")
+        why = f"with budget {self.budget} and window {self.window}"
+        self._set("pin", _integer("pin", self.pin, 0, self.budget - self.window - 1, why))
+        self._set("buffer", _integer("buffer", self.buffer, 1, _MAX_CELLS))
+        self._set("pool", _integer("pool", self.pool, 1, _MAX_CELLS))
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool is {self.pool}, must be odd (1 is no pooling)")
+        self._set("n_sim", _integer("n_sim", self.n_sim, 1, 4))
+        self._set("lam", _real("lam", self.lam, 0.0, 1.0))
+        self._set("threshold", _real("threshold", self.threshold, -1.0, 1.0))
+        if not isinstance(self.reference, bool):
+            raise ValueError(f"reference is {self.reference!r}, must be True or False")
+        if self.batch is not None:
+            self._set("batch", _integer("batch", self.batch, 1, _MAX_CELLS))
+        self._set("layer_budgets", self._checked_layer_budgets())
+        widest = max(self.layer_budgets) if isinstance(self.layer_budgets, tuple) else self.budget
+        if widest + self.headroom > _MAX_CELLS:
+            raise ValueError(
+                f"budget is {widest}, must leave {self.headroom} of {_MAX_CELLS} cells for tokens"
+            )
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)  # the dataclass is frozen
+
+    def _checked_layer_budgets(self) -> str | tuple[int, ...] | None:
+        given = self.layer_budgets
+        allowed = f"must be one of {', '.join(SCHEDULES)} or one number per layer"
+        if given is None:
+            return None
+        if isinstance(given, str):
+            if given not in SCHEDULES:
+                raise ValueError(f"layer_budgets is {given!r}, {allowed}")
+            return given
+        try:
+            values = list(given)
+        except TypeError:
+            raise ValueError(f"layer_budgets is {given!r}, {allowed}") from None
+        if not values:
+            raise ValueError("layer_budgets is empty, must have one number per layer")
+        why = f"with window {self.window} and pin {self.pin}"
+        return tuple(
+            _integer(f"layer_budgets[{i}]", v, self.least_budget, _MAX_CELLS, why)
+            for i, v in enumerate(values)
+        )
+
+    @property
+    def active(self) -> bool:
+        """False for policy `none`: a stock cache."""
+        return self.policy != "none"
+
+    @property
+    def n_batch(self) -> int:
+        """Most tokens of one sequence in one decode (rkv_params.n_batch_seq)."""
+        return max(self.buffer, 256) if self.batch is None else self.batch
+
+    @property
+    def headroom(self) -> int:
+        """Cells per layer beyond the budget, for tokens that arrive before the next compaction."""
+        return max(self.buffer, self.n_batch)
+
+    @property
+    def least_budget(self) -> int:
+        """Cells that a layer cannot do without: window, pin and one to choose."""
+        return self.window + self.pin + 1
+
+    @property
+    def n_aux(self) -> int:
+        """Floats stored with each cell."""
+        return self.n_sim if self.policy == "latest" else 0
+
+    def budgets(self, n_layer: int) -> list[int]:
+        """Cells that each layer keeps. A named schedule sums to exactly n_layer * budget.
+
+        Raises:
+            ValueError: layer_budgets has another length than n_layer.
+        """
+        if n_layer < 1:
+            raise ValueError(f"n_layer is {n_layer}, must be at least 1")
+        if isinstance(self.layer_budgets, tuple):
+            if len(self.layer_budgets) != n_layer:
+                raise ValueError(
+                    f"layer_budgets has {len(self.layer_budgets)} numbers, must have one per layer: {n_layer}"
+                )
+            return list(self.layer_budgets)
+        if self.layer_budgets == "pyramid":
+            return _pyramid(n_layer, self.budget, self.least_budget)
+        return [self.budget] * n_layer
+
+    def cells(self, n_layer: int, n_ctx: int | None = None) -> list[int]:
+        """Cells allocated per sequence in each layer: B_l + max(buffer, batch).
+
+        Args:
+            n_layer: layers of the model.
+            n_ctx: needed with policy `none` only, whose cache has n_ctx cells (a multiple of 256).
+
+        Raises:
+            ValueError: layer_budgets does not fit n_layer, or n_ctx is missing.
+        """
+        if not self.active:
+            if n_ctx is None:
+                raise ValueError("n_ctx is None, must be given with policy none: it sizes the cache")
+            return [pad_ctx(n_ctx)] * n_layer
+        return [b + self.headroom for b in self.budgets(n_layer)]
+
+    def bytes_for(
+        self,
+        model: ModelShape | StockLlama | str | PathLike[str],
+        n_seq: int = 1,
+        type_k: str | int = "f16",
+        type_v: str | int = "f16",
+        n_ctx: int | None = None,
+    ) -> int:
+        """Bytes that a context allocates for K, V, query rings, positions and stored scores; rkv_stats.bytes.
+
+        Args:
+            model: a ModelShape, a loaded Llama, or the path of a GGUF file (only its header is read).
+            n_seq: sequences, each with a cache of its own (n_seq_max).
+            type_k, type_v: cache types, by name or ggml type number.
+            n_ctx: needed with policy `none` only.
+
+        Raises:
+            ValueError: an unknown type, one whose blocks do not divide the head size, a file that is no GGUF.
+        """
+        shape = ModelShape.of(model)
+        n_seq = _integer("n_seq", n_seq, 1, _MAX_CELLS)
+        total = 0
+        for layer, cells in enumerate(self.cells(shape.n_layer, n_ctx)):
+            heads, d_k = shape.n_head_kv[layer], shape.n_embd_head_k[layer]
+            total += cells * row_bytes(type_k, heads, d_k, "type_k")
+            total += cells * row_bytes(type_v, heads, shape.n_embd_head_v[layer], "type_v")
+            if self.active:
+                # the window's queries and a row for all others; positions and stored floats
+                total += (self.window + 1) * shape.n_head[layer] * d_k * 4
+                total += (1 + self.n_aux) * cells * heads * 4
+        return total * n_seq
+
+
+def pad_ctx(n_ctx: int) -> int:
+    """llama.cpp rounds the context of a sequence up to a multiple of 256 (llama-context.cpp)."""
+    return -(-n_ctx // 256) * 256
+
+
+def _pyramid(n_layer: int, budget: int, least: int) -> list[int]:
+    """Linear from 2 - 1/beta to 1/beta times the average above `least`; the sum is n_layer * budget."""
+    if n_layer == 1:
+        return [budget]
+    # In integers: layer l gets spare * (lo + (hi - lo) * (n - 1 - l) / (n - 1)), lo = 1/beta, hi = 2 - lo.
+    spare, steps = budget - least, n_layer - 1
+    parts = [spare * (steps + 2 * (_PYRAMID_BETA - 1) * (steps - layer)) for layer in range(n_layer)]
+    whole = _PYRAMID_BETA * steps
+    cells = [part // whole for part in parts]
+    # Largest remainders first, earlier layers first among equals, so that the sequence still never rises.
+    left = n_layer * spare - sum(cells)
+    for layer in sorted(range(n_layer), key=lambda i: (-(parts[i] % whole), i))[:left]:
+        cells[layer] += 1
+    return [least + c for c in cells]
+
+
+def _integer(field: str, value: SupportsIndex, low: int, high: int, why: str = "") -> int:
+    allowed = f"an integer from {low} to {high}" + (f" {why}" if why else "")
+    if isinstance(value, bool):
+        raise ValueError(f"{field} is {value!r}, must be {allowed}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{field} is {value!r}, must be {allowed}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{field} is {number}, must be {allowed}")
+    return number
+
+
+def _real(field: str, value: float, low: float, high: float) -> float:
+    allowed = f"a number from {low:g} to {high:g}"
+    if isinstance(value, (bool, str, bytes)):
+        raise ValueError(f"{field} is {value!r}, must be {allowed}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{field} is {value!r}, must be {allowed}") from None
+    if math.isnan(number) or not low <= number <= high:
+        raise ValueError(f"{field} is {number:g}, must be {allowed}")
+    return number

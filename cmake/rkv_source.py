@@ -120,7 +120,7 @@ def fetch(pin: dict[str, str]) -> Path:
     return archive
 
 
-def _members(archive: Path) -> Iterator[tuple[str, bytes, int]]:
+def members(archive: Path) -> Iterator[tuple[str, bytes, int]]:
     """(path below vendor/llama.cpp, content, mode) of every regular file that is worth unpacking."""
     with tarfile.open(archive, "r|gz") as tar:
         for member in tar:
@@ -138,14 +138,14 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes, int]]:
 def pristine(archive: Path, paths: Iterable[str]) -> dict[str, bytes]:
     """The archive's own content of some files; those that it lacks are left out."""
     wanted = set(paths)
-    return {path: data for path, data, _ in _members(archive) if path in wanted} if wanted else {}
+    return {path: data for path, data, _ in members(archive) if path in wanted} if wanted else {}
 
 
 def unpack(archive: Path, dest: Path) -> None:
     """vendor/llama.cpp of the archive -> dest, which is replaced. Files are new: ninja compares times."""
     fresh = dest.with_name(dest.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    for path, data, mode in _members(archive):
+    for path, data, mode in members(archive):
         file = fresh / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)

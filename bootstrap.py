@@ -6,14 +6,15 @@
     python3 bootstrap.py --test           set up, then run all tests (arguments go to pytest)
     python3 bootstrap.py --setup          set up only
 
-What is up to date is left alone. CMAKE_ARGS goes to the build: CMAKE_ARGS="-DGGML_CUDA=ON" python3 bootstrap.py
+What is up to date is left alone. CMAKE_ARGS goes to the build, as in
+CMAKE_ARGS="-DGGML_CUDA=ON" python3 bootstrap.py
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 (this file is run by whatever Python there is)
     sys.exit("rkv-local: error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])
 
 import contextlib
@@ -110,7 +111,7 @@ def explain(output: list[str]) -> str:
     compiler = next((line.strip() for line in output if re.search(r": (fatal )?error: ", line)), None)
     if compiler:
         return f"compilation failed: {compiler}"
-    network = r"NewConnectionError|Temporary failure in name|Max retries|timed out|No matching distribution|SSLError"
+    network = r"NewConnectionError|failure in name|Max retries|timed out|No matching distribution|SSLError"
     if re.search(network, text):
         return "no network, or no package index reachable: pip could not download what is needed"
     if "No space left on device" in text:

@@ -27,7 +27,6 @@ __all__ = [
     "ModelShape",
     "RKVError",
     "Session",
-    "__version__",
 ]
 
 # For those who import llama_cpp next; _lib.prepare() checks all when Llama is first used.
@@ -43,11 +42,14 @@ def __getattr__(name: str) -> Any:
 
         return getattr(engine, name)
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("rkv-local")
+        try:
+            return version("rkv-local")
+        except PackageNotFoundError:  # a source tree
+            return "0+source"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

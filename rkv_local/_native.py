@@ -59,13 +59,13 @@ def library() -> Any:
     lib = low._lib
     if not hasattr(lib, "rkv_version"):
         raise RKVError(f"libllama was built without rkv, reinstall rkv-local: {lib._name}")
-    for name, (argtypes, restype) in signatures(low).items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = argtypes, restype
     if lib.rkv_version() != RKV_VERSION:
         raise RKVError(
             f"the library has rkv interface {lib.rkv_version()}, not {RKV_VERSION}: reinstall rkv-local"
         )
+    for name, (argtypes, restype) in signatures(low).items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = argtypes, restype
     return lib
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine_tools import Model
-from tiny_models import Shape, write_model
+from tiny_models import SMALL_SHAPE, Shape, write_model
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -18,6 +18,14 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """Shape() with random weights: 3 layers, 4 heads, 2 KV heads of 32."""
     model = Model(write_model(tmp_path_factory.mktemp("models") / "tiny.gguf", Shape()))
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """SMALL_SHAPE with random weights: 2 layers, 2 heads, 2 KV heads of 16, 32 tokens."""
+    model = Model(write_model(tmp_path_factory.mktemp("models") / "small.gguf", SMALL_SHAPE))
     yield model
     model.close()
 

@@ -21,6 +21,9 @@ from rkv_local import _lib
 
 _lib.prepare()
 import llama_cpp  # noqa: E402  (prepare() says which library it loads)
+from llama_cpp import _logger  # noqa: E402
+
+_logger.set_verbose(False)  # errors only
 
 POLICY = {"none": 0, "rkv": 1, "snapkv": 2, "streaming": 3, "latest": 4}
 GGML_TYPE = {
@@ -88,8 +91,11 @@ class NativeError(RuntimeError):
     """An rkv_* call failed; the text is rkv_last_error()."""
 
 
+_library = ctypes.CDLL(llama_cpp.llama_cpp._lib._name)  # a handle of our own: argtypes belong to a handle
+
+
 def _function(name: str, restype: Any, *argtypes: Any) -> Callable[..., Any]:
-    function = getattr(llama_cpp.llama_cpp._lib, name)
+    function = getattr(_library, name)
     function.restype, function.argtypes = restype, list(argtypes)
     return function
 

@@ -14,6 +14,9 @@ from compaction import compact_and_check
 from engine_tools import Context, Model, NativeError, Options
 from tiny_models import Forward, Shape, write_model
 
+# What numpy's float64 and stock llama.cpp differ by on these models without a budget, times 4 or so: float32,
+# and with flash attention a cache rounded to float16 before use.
+TOLERANCE = {False: 2e-4, True: 6e-2}
 UNIFORM: list[int] = []
 UNEVEN = [24, 61, 36]
 BUDGETS = {"uniform": UNIFORM, "uneven": UNEVEN, "first-widest": [70, 20, 30]}
@@ -71,7 +74,7 @@ def test_attention_is_restricted_to_the_kept_cells(
             worst = follow(context, forward, tokens[:110], 11)
             worst = max(worst, follow(context, forward, tokens[110:], 1))
             assert context.stats.compactions >= 3
-            assert worst < 2e-3, worst
+            assert worst < TOLERANCE[flash_attn]
             each = BUDGETS[budgets] or [40] * 3
             held = expected_cells(each, 16, 16, [11] * 10 + [1] * 40)
             assert [context.positions(layer, 0).size for layer in range(3)] == held
@@ -100,7 +103,9 @@ def test_two_sequences_with_uneven_budgets(tiny: Model, batch: int) -> None:
     rng = np.random.default_rng(5)
     with Context(tiny, options) as context:
         forwards = [Forward(Shape()), Forward(Shape())]
-        assert follow(context, forwards[1], rng.integers(0, 96, size=17).tolist(), 5, seq=1) < 2e-3
+        assert (
+            follow(context, forwards[1], rng.integers(0, 96, size=17).tolist(), 5, seq=1) < TOLERANCE[False]
+        )
         for step in range(60):
             now = [len(f.keys[0]) for f in forwards]
             sizes = [1 + step % 3, 1 + step % 2]
@@ -115,7 +120,7 @@ def test_two_sequences_with_uneven_budgets(tiny: Model, batch: int) -> None:
                         forwards[s].restrict(layer, h, pos[pos < now[s]])
                 mine = [i for i, row in enumerate(rows) if row[2] == s]
                 right = np.stack([forwards[s].feed(rows[i][0]) for i in mine])
-                assert np.abs(got[mine] - right).max() < 2e-3
+                assert np.abs(got[mine] - right).max() < TOLERANCE[False]
         assert context.stats.compactions >= 10
 
 

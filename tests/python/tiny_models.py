@@ -58,6 +58,9 @@ class Shape:
         )
 
 
+SMALL_SHAPE = Shape(n_layer=2, n_head=2, n_head_kv=2, d_head=16, n_vocab=32, n_ff=32)
+
+
 def weights(shape: Shape) -> dict[str, NDArray[np.float32]]:
     """Tensors by GGUF name, [out, in], float32."""
     rng = np.random.default_rng(shape.seed)

@@ -62,7 +62,7 @@ class Progress:
         self.live = sys.stderr.isatty()
         self.start = time.monotonic()
         self.detail = ""
-        self.printed = ""
+        self.printed: str | None = None
         self.draw()
 
     def _line(self) -> str:
@@ -76,8 +76,8 @@ class Progress:
             print("\r\033[K" + self._line()[: width - 1], end="", file=sys.stderr, flush=True)
         else:
             step = re.sub(r"\d%", "0%", self.detail)
-            if step != self.printed or not self.printed:
-                self.printed = step or "begun"
+            if step != self.printed:
+                self.printed = step
                 print(self._line(), file=sys.stderr, flush=True)
 
     def close(self, result: str) -> None:
@@ -92,9 +92,12 @@ def describe(line: str) -> str | None:
         return f"compiling {100 * int(ninja[1]) // int(ninja[2])}% ({ninja[1]} of {ninja[2]})"
     if "rkv-local: " in line:
         return line.split("rkv-local: ", 1)[1].strip()
-    size = re.match(r"\s*Downloading (?:\S*/)?(\S+?)(?:-py\S*)? \(([^)]+)\)", line)
+    size = re.match(r"\s*Downloading (?:\S*/)?([^-/\s]+-[^-/\s]+)\S* \(([^)]+)\)", line)
     if size:
         return f"downloading {size[1]}, {size[2]}"
+    raw = re.match(r"Progress (\d+) of (\d+)", line)
+    if raw and int(raw[2]):
+        return f"downloading {100 * int(raw[1]) // int(raw[2])}% of {int(raw[2]) / 2**20:.0f} MiB"
     if "Configuring CMake" in line:
         return "configuring"
     if "Preparing metadata" in line or "Installing collected" in line:
@@ -229,7 +232,17 @@ def once(name: str, state: str, action: Callable[[], None]) -> None:
 
 
 def pip(*arguments: str) -> list[str]:
-    return [str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments]
+    raw = ["--progress-bar", "raw"] if "tools" in read_stamps() else []  # the tools bring a pip that knows it
+    return [
+        str(PYTHON),
+        "-m",
+        "pip",
+        "install",
+        "--no-input",
+        "--disable-pip-version-check",
+        *raw,
+        *arguments,
+    ]
 
 
 def make_venv() -> None:

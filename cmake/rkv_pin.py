@@ -16,11 +16,7 @@ def read_pin(path: Path = PIN_FILE) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def dynamic_metadata(
-    field: str, settings: Mapping[str, Any], project: Mapping[str, Any] | None = None
-) -> list[str]:
+def dynamic_metadata(settings: Mapping[str, Any], project: Mapping[str, Any]) -> dict[str, list[str]]:
     """`requirements` of pyproject.toml with {LLAMA_CPP_PYTHON_VERSION} filled in from the pin."""
-    if field != "dependencies":
-        raise ValueError(f"rkv_pin provides 'dependencies', not {field!r}")
     pin = read_pin()
-    return [requirement.format(**pin) for requirement in settings["requirements"]]
+    return {"dependencies": [requirement.format(**pin) for requirement in settings["requirements"]]}

@@ -83,13 +83,36 @@ def _pip_download(requirement: str, digest: str, folder: Path) -> None:
     listing.write_text(f"{requirement} --hash=sha256:{digest}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--require-hashes", "-r", str(listing), "-d", str(folder)]
+    command += ["--progress-bar", "raw"]
     # pip asks an sdist for its metadata. Its build backend is ours too: where it is installed, which is
     # everywhere inside pip's and uv's builds, no second environment has to be downloaded for that.
     if importlib.util.find_spec("scikit_build_core"):
         command.append("--no-build-isolation")
-    result = subprocess.run(command, text=True, capture_output=True, check=False)
-    if result.returncode:
-        raise SourceError(_pip_failure(requirement, result.stdout + result.stderr))
+    # set by the pip or uv around us, for another package
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PIP_BUILD_", "SKBUILD"))
+    }
+    env["PYTHONUNBUFFERED"] = "1"
+    output: list[str] = []
+    shown = -1
+    with subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=env,
+    ) as process:
+        assert process.stdout is not None  # PIPE
+        for line in process.stdout:
+            progress = re.match(r"Progress (\d+) of (\d+)", line)
+            if not progress:
+                output.append(line)
+            elif int(progress[2]) and 10 * int(progress[1]) // int(progress[2]) > shown:
+                shown = 10 * int(progress[1]) // int(progress[2])
+                _say(f"downloading {requirement}: {10 * shown}%")
+    if process.returncode:
+        raise SourceError(_pip_failure(requirement, "".join(output)))
 
 
 def fetch(pin: dict[str, str]) -> Path:

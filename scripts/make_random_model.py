@@ -1,10 +1,11 @@
 """Write a GGUF model with random weights in any shape, for tests and benchmarks.
 
-The same arguments give the same bytes. Weights are scaled so that activations keep their size from layer to layer;
-quantised types are drawn as random blocks, so that a model of many gigabytes is written as fast as the disk takes it.
+The same arguments give the same bytes. Weights are scaled so that activations keep their size from layer to
+layer; quantised types are drawn as random blocks, so that a model of many gigabytes is written as fast as the
+disk takes it.
 
     python scripts/make_random_model.py tiny.gguf --layers 2 --heads 4 --kv-heads 2 --head-dim 32
-    python scripts/make_random_model.py 8b.gguf --arch llama --layers 32 --heads 32 --kv-heads 8 --head-dim 128 \
+    python scripts/make_random_model.py 8b.gguf --layers 32 --heads 32 --kv-heads 8 --head-dim 128 \
         --ff 14336 --vocab 128256 --type q4_0
 """
 
@@ -21,7 +22,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-ARCHS = ("llama", "qwen2", "qwen3", "stablelm")  # NORM RoPE; NEOX; NEOX, norms on Q and K; NEOX, part of the head
+# rotate with NORM RoPE; NEOX; NEOX, with norms on Q and K; NEOX, a part of the head
+ARCHS = ("llama", "qwen2", "qwen3", "stablelm")
 TYPES = ("f32", "f16", "q8_0", "q4_0")
 BLOCK = 32  # weights in a q8_0 or q4_0 block
 CHUNK = 1 << 22  # weights drawn at a time
@@ -86,7 +88,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to be drawn: shape as numpy has it (rows, columns), standard deviation (0: all ones or zeros)."""
+    """A tensor to be drawn: shape as numpy has it (rows, columns) and standard deviation."""
 
     name: str
     shape: tuple[int, ...]
@@ -247,7 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rope-dim", type=int, default=None)
     parser.add_argument("--freq-factors", type=lambda t: tuple(map(float, t.split(","))), default=())
     parser.add_argument("--yarn-factor", type=float, default=0.0)
-    parser.add_argument("--tokenizer", type=Path, default=None, help="GGUF file to borrow the vocabulary from")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=None, help="GGUF file to borrow the vocabulary from"
+    )
     parser.add_argument("--gain", type=float, default=1.0)
     values = vars(parser.parse_args(argv))
     try:

@@ -1,0 +1,5 @@
+"""python -m rkv_local.cli"""
+
+from rkv_local.cli import main
+
+main()

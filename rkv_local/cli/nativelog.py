@@ -1,0 +1,64 @@
+"""llama.cpp's log: silent unless asked for, and its reasons kept for our own error lines."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections import deque
+from typing import Any
+
+ERROR, CONTINUED = 4, 5  # enum ggml_log_level
+WARN = 3
+
+_lines: deque[tuple[int, str]] = deque(maxlen=200)
+_keep: dict[str, Any] = {}  # ctypes callbacks must outlive the library's use of them
+_verbose = False
+_level = 0
+
+# "llama_model_load: error loading model: ..." names a function, which is no help to the user
+PREFIX = re.compile(r"^(?:[A-Za-z_][\w:~]*(?:\(\))?: )+(?:error loading model: )?")
+# what llama_cpp says where the reason stands in the log
+VAGUE = re.compile(
+    r"Failed to (load model from file|create llama_context)|llama_decode returned|rkv_end_init"
+)
+
+
+def install(verbose: bool) -> None:
+    """Take llama.cpp's and ggml's log: kept in memory, and written to stderr if `verbose`."""
+    global _verbose
+    _verbose = verbose
+    from llama_cpp import llama_cpp as lib
+
+    if "callback" not in _keep:
+        _keep["callback"] = lib.llama_log_callback(_log)
+    lib.llama_log_set(_keep["callback"], ctypes.c_void_p(0))
+
+
+def _log(level: int, text: bytes, _: Any) -> None:
+    global _level
+    shown = text.decode("utf-8", errors="replace")
+    if level != CONTINUED:
+        _level = level
+        _lines.append((level, shown))
+    elif _lines:
+        _lines[-1] = (_level, _lines[-1][1] + shown)
+    if _verbose:
+        sys.stderr.write(shown)
+
+
+def clear() -> None:
+    """Forget what was logged so far."""
+    _lines.clear()
+
+
+def reason(message: str, subject: str = "") -> str:
+    """`message`, or llama.cpp's own first error line where the message alone does not say why."""
+    if not VAGUE.search(message) and not message.startswith("no root rule"):
+        return message
+    wanted = [text for level, text in _lines if level == ERROR] or [t for lv, t in _lines if lv == WARN]
+    for text in wanted:
+        cleaned = " ".join(PREFIX.sub("", text.strip()).split())
+        if cleaned:
+            return f"cannot load {subject}: {cleaned}" if subject else cleaned
+    return message

@@ -1,0 +1,188 @@
+"""The options that commands share, named as in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from rkv_local.cli.options import CACHE_TYPES, DEFAULT_CTX, DEFAULT_CTX_FULL, POLICIES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class PolicyParam(click.ParamType):
+    """A policy's name, or `list`."""
+
+    name = "policy"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, if there is such a policy."""
+        if value not in (*POLICIES, "list"):
+            self.fail(f"{value!r} is not one of {', '.join(POLICIES)}, list", param, ctx)
+        return str(value)
+
+
+def list_policies(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """--kv-policy list: one line each, then leave."""
+    if value == "list" and not ctx.resilient_parsing:
+        from rkv_local.budget import POLICIES as DESCRIBED
+
+        width = max(map(len, DESCRIBED))
+        for name, text in DESCRIBED.items():
+            click.echo(f"{name:<{width}}  {text}")
+        ctx.exit()
+    return value
+
+
+class LayerBudgets(click.ParamType):
+    """A named schedule, or one number per layer."""
+
+    name = "schedule|n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """'uniform', 'pyramid', or a tuple of ints."""
+        if not isinstance(value, str) or value in ("uniform", "pyramid"):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(
+                f"{value!r} is neither uniform, pyramid nor numbers with commas between them", param, ctx
+            )
+
+
+class GpuLayers(click.ParamType):
+    """llama.cpp's -ngl: a number, all or auto."""
+
+    name = "n|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of layers, -1 for all."""
+        if value in ("all", "auto"):
+            return -1
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = -2
+        if number < -1:
+            self.fail(f"{value!r} is not a number of layers, 'all' or -1", param, ctx)
+        return number
+
+
+AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
+SHARE = click.FloatRange(0, 1)
+
+
+def opt(
+    names: str, help: str, type: Any = None, default: Any = None, metavar: str | None = "N", **more: Any
+) -> Callable[[F], F]:
+    """click.option in one line: names with spaces between them; a default is shown."""
+    declared = names.split()
+    return click.option(
+        *declared,
+        type=type,
+        default=default,
+        metavar=metavar,
+        help=help,
+        show_default=default is not None,
+        **more,
+    )
+
+
+def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator from several, shown in --help in this order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def model_option() -> Callable[[F], F]:
+    """The model by option."""
+    return opt("-m --model", "A GGUF file or a short name.", metavar="MODEL")
+
+
+def cache_options() -> Callable[[F], F]:
+    """The budget of the cache."""
+    policies = f"What is kept: {', '.join(POLICIES)}; `list` explains them."
+    return stack(
+        opt("--kv-policy", policies, PolicyParam(), "rkv", "POLICY", callback=list_policies, is_eager=True),
+        opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, 1024),
+        opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
+        opt("--kv-pin", "First tokens that are never evicted.", AT_LEAST_0, 4),
+        opt("--kv-window", "Last tokens, always kept, whose queries judge importance.", AT_LEAST_1, 8),
+        opt("--kv-lambda", "Weight of importance against redundancy.", SHARE, 0.1, "X"),
+        opt(
+            "--kv-layer-budgets",
+            "uniform, pyramid, or N,N,...: one per layer.",
+            LayerBudgets(),
+            None,
+            "BUDGETS",
+        ),
+    )
+
+
+def context_options(*flash_attn: Callable[[F], F]) -> Callable[[F], F]:
+    """Threads, devices, cache types, log. flash_attn: another option in place of the usual one."""
+    auto = "auto: off on the CPU, where that is faster, unless V is quantised; else llama.cpp's choice."
+    usual = opt("-fa --flash-attn", auto, click.Choice(("on", "off", "auto")), "auto", None)
+    cache_type, types = click.Choice(CACHE_TYPES), ", ".join(CACHE_TYPES)
+    return stack(
+        opt("-t --threads", "CPU threads (default: the physical cores).", AT_LEAST_1),
+        opt(
+            "-ngl --gpu-layers --n-gpu-layers",
+            "Layers on the GPU, where there is one.",
+            GpuLayers(),
+            "all",
+            "N|all",
+        ),
+        opt("-ctk --cache-type-k", f"Type of the cached keys: {types}.", cache_type, "f16", "TYPE"),
+        opt(
+            "-ctv --cache-type-v",
+            "Type of the cached values; quantised: with -fa.",
+            cache_type,
+            "f16",
+            "TYPE",
+        ),
+        *(flash_attn or (usual,)),
+        click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log on stderr."),
+    )
+
+
+def load_options() -> Callable[[F], F]:
+    """Everything that a model is loaded with."""
+    reach = (
+        f"How far the context may reach; it does not size the cache (default: {DEFAULT_CTX}; with policy none, "
+        f"where it does, {DEFAULT_CTX_FULL}; 0 = as the model was trained)."
+    )
+    batch = "Most tokens in one decode (default: the larger of the buffer and 256; with policy none 512)."
+    return stack(
+        opt("-c --ctx-size", reach, AT_LEAST_0),
+        opt("-b --batch-size", batch, AT_LEAST_1),
+        cache_options(),
+        context_options(),
+    )
+
+
+def sampling_options() -> Callable[[F], F]:
+    """llama.cpp's samplers and their defaults there."""
+    above_0 = click.FloatRange(min=0, min_open=True)
+    return stack(
+        opt("--temp --temperature", "0 = always the likeliest token.", click.FloatRange(min=0), 0.8, "X"),
+        opt("--top-k", "0 = off.", AT_LEAST_0, 40),
+        opt("--top-p", "1 = off.", SHARE, 0.95, "X"),
+        opt("--min-p", "0 = off.", SHARE, 0.05, "X"),
+        opt("--repeat-penalty", "1 = off.", above_0, 1.0, "X"),
+        opt("-s --seed", "-1 = a new one each time.", click.IntRange(-1, 2**32 - 1), -1),
+    )
+
+
+def length_option() -> Callable[[F], F]:
+    """How long an answer may get."""
+    text = "Most tokens in an answer; -1 = until the model stops."
+    return opt("-n --max-tokens --predict --n-predict", text, int, -1)

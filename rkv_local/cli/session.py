@@ -1,0 +1,386 @@
+"""A loaded model that answers: loading with its errors in one line, sampling, streaming, stopping.
+
+Importing this module loads the native library; commands import it when they run, so that --help stays fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from rkv_local import Llama, RKVError
+from rkv_local.chat import Kind, StopMatcher, Template, ThinkingSplitter, Utf8Decoder, one_line
+from rkv_local.cli import nativelog
+from rkv_local.cli.options import LoadOptions, Sampling
+
+# after rkv_local, which says where its library is
+from llama_cpp import llama_cpp as lib  # isort: skip
+from llama_cpp._internals import LlamaSampler  # isort: skip
+from llama_cpp.llama_grammar import LlamaGrammar  # isort: skip
+
+__all__ = ["Answer", "CliError", "Interrupt", "KvReport", "Session", "schema_grammar"]
+
+MINUS_INFINITY = float("-inf")
+
+
+class CliError(RuntimeError):
+    """A failure at run time; str() is the line for the user."""
+
+
+class Interrupt:
+    """Ctrl-C as a flag that generation reads between two decodes, so that the cache is never left half
+    written.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupt:
+        self.pressed = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, signum: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+def schema_grammar(schema: str) -> str:
+    """GBNF for a JSON schema.
+
+    Raises:
+        CliError: it uses what llama_cpp cannot turn into a grammar.
+    """
+    try:
+        return str(LlamaGrammar.from_json_schema(schema)._grammar)
+    except Exception as err:
+        raise CliError(f"the JSON schema cannot be turned into a grammar: {one_line(err)}") from err
+
+
+class Interrupted(Exception):
+    """Raised between two chunks of a prompt."""
+
+
+@dataclass(frozen=True)
+class KvReport:
+    """The cache of a session: policy and sizes in cells; None where policy `none` has no such number."""
+
+    policy: str
+    budget: int | None
+    buffer: int | None
+    pin: int | None
+    cells: int
+    bytes: int
+    compactions: int
+    compaction_seconds: float
+
+
+@dataclass
+class Answer:
+    """One answer as it grows. Times in seconds, counts in tokens."""
+
+    text: str = ""
+    thinking: str = ""
+    finish_reason: str = "length"  # stop, length, interrupted
+    n_prompt: int = 0
+    n_read: int = 0  # prompt tokens that had to be decoded; the rest was in the cache
+    n_generated: int = 0
+    prompt_seconds: float = 0.0
+    generated_seconds: float = 0.0
+    compactions: int = 0
+    compaction_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Prompt and generation together."""
+        return self.prompt_seconds + self.generated_seconds
+
+    @property
+    def prompt_tps(self) -> float | None:
+        """Prompt tokens decoded per second."""
+        return self.n_read / self.prompt_seconds if self.n_read and self.prompt_seconds else None
+
+    @property
+    def generated_tps(self) -> float | None:
+        """Tokens per second after the first one, which the prompt's last decode gives."""
+        if self.n_generated < 2 or not self.generated_seconds:
+            return None
+        return (self.n_generated - 1) / self.generated_seconds
+
+
+class _Llama(Llama):
+    """Llama with the sampler chain of our options and an eval that Ctrl-C can stop between chunks."""
+
+    sampling: Sampling = Sampling()
+    grammar_text: str | None = None
+    banned: Sequence[int] = ()
+    interrupt: Interrupt | None = None
+    n_evaluated = 0
+
+    def _init_sampler(self, **_: Any) -> LlamaSampler:
+        # llama.cpp's order: biases, penalties, grammar, top-k, top-p, min-p, temperature
+        s, chain = self.sampling, LlamaSampler()
+        if self.banned:
+            chain.add_logit_bias(self._n_vocab, dict.fromkeys(self.banned, MINUS_INFINITY))
+        if s.repeat_penalty != 1.0:
+            chain.add_penalties(self._n_vocab, s.repeat_last_n, s.repeat_penalty, 0.0, 0.0)
+        if self.grammar_text:
+            chain.add_grammar(self._model, LlamaGrammar.from_string(self.grammar_text))
+        if s.temp <= 0.0:
+            chain.add_greedy()
+            return chain
+        chain.add_top_k(s.top_k)
+        chain.add_top_p(s.top_p, 1)
+        chain.add_min_p(s.min_p, 1)
+        chain.add_temp(s.temp)
+        chain.add_dist(random.getrandbits(32) if s.seed is None else s.seed)
+        return chain
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        for i in range(0, len(tokens), self.n_batch):
+            if self.interrupt is not None and self.interrupt.pressed:
+                raise Interrupted
+            chunk = tokens[i : i + self.n_batch]
+            super().eval(chunk)
+            self.n_evaluated += len(chunk)
+
+
+class Session:
+    """A model, its cache and its chat template."""
+
+    def __init__(self, options: LoadOptions) -> None:
+        """Load the model.
+
+        Raises:
+            CliError: the model or the context cannot be made; one line with llama.cpp's own reason.
+            ValueError: a budget that this model cannot have.
+        """
+        self.options = options
+        nativelog.install(options.verbose)
+        nativelog.clear()
+        try:
+            self.llama = _Llama(
+                str(options.model.path),
+                kv=options.kv,
+                n_ctx=options.ctx_size,
+                n_batch=options.batch_size,
+                n_gpu_layers=options.gpu_layers,
+                n_threads=options.threads,
+                n_threads_batch=options.threads,
+                flash_attn=options.flash_attn,
+                type_k=options.cache_type_k,
+                type_v=options.cache_type_v,
+                verbose=options.verbose,
+            )
+        except (RuntimeError, ValueError, OSError) as err:
+            raise CliError(nativelog.reason(one_line(err), options.model.name)) from err
+        self.vocab = lib.llama_model_get_vocab(self.llama.model)
+        self.n_ctx = self.llama.n_ctx()
+        self.template = Template.of(
+            self.llama.metadata,
+            self._token_text(self.llama.token_bos()),
+            self._token_text(self.llama.token_eos()),
+        )
+        self._tags = self._single_token_tags()
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        self.llama.close()
+
+    def tokenize(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
+        """Tokens of `text`. bos: with the vocabulary's beginning, unless the text starts with it."""
+        first = self.template.bos
+        if first and text.startswith(first):
+            bos = False
+        return list(self.llama.tokenize(text.encode("utf-8"), add_bos=bos, special=special))
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token: none for control tokens, except those that mark thinking."""
+        if token in self._tags:
+            return self._tags[token]
+        buf = ctypes.create_string_buffer(64)
+        n = lib.llama_token_to_piece(self.vocab, token, buf, len(buf), 0, False)
+        if n < 0:
+            buf = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self.vocab, token, buf, len(buf), 0, False)
+        return buf.raw[:n]
+
+    def check_grammar(self, text: str) -> None:
+        """Raise CliError if llama.cpp cannot parse `text` as GBNF."""
+        nativelog.clear()
+        sampler = lib.llama_sampler_init_grammar(self.vocab, text.encode("utf-8"), b"root")
+        if not sampler:
+            raise CliError(
+                f"the grammar cannot be parsed: {nativelog.reason('no root rule, or a syntax error')}"
+            )
+        lib.llama_sampler_free(sampler)
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        answer: Answer,
+        interrupt: Interrupt,
+        *,
+        max_tokens: int = -1,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        grammar: str | None = None,
+        split: bool = True,
+        opened: tuple[str, str] | None = None,
+    ) -> Iterator[tuple[Kind, str]]:
+        """Stream the answer to a prompt as (kind, text) pieces and fill in `answer`.
+
+        max_tokens: -1 = until the model stops or the context is full. split: tell thinking from text; opened:
+        the thinking tags that the prompt ends in.
+
+        Raises:
+            CliError: the prompt does not fit in the context, or the engine refuses to decode.
+        """
+        answer.n_prompt = len(tokens)
+        if len(tokens) >= self.n_ctx:
+            raise CliError(
+                f"the prompt has {len(tokens):,} tokens and the context {self.n_ctx:,}: raise -c/--ctx-size"
+            )
+        room = self.n_ctx - len(tokens)
+        limit = room if max_tokens < 0 else min(max_tokens, room)
+        llama = self.llama
+        llama.sampling, llama.grammar_text, llama.interrupt = sampling, grammar, interrupt
+        llama.banned = self._end_tokens() if ignore_eos else ()
+        llama.n_evaluated = 0
+        decoder, matcher = Utf8Decoder(), StopMatcher(stop)
+        splitter = ThinkingSplitter(opened) if split else None
+        before = llama.kv_stats()
+        start = time.perf_counter()
+        first: float | None = None
+        nativelog.clear()
+        stream = llama.generate(list(tokens))
+        try:
+            if limit == 0:
+                llama.reset()
+                llama.eval(list(tokens))
+            while answer.n_generated < limit:
+                token = next(stream)
+                if first is None:
+                    first, answer.n_read = time.perf_counter(), llama.n_evaluated
+                if not ignore_eos and lib.llama_vocab_is_eog(self.vocab, token):
+                    answer.finish_reason = "stop"
+                    break
+                answer.n_generated += 1
+                text = matcher.feed(decoder.feed(self.piece(token)))
+                yield from self._note(answer, splitter, text)
+                if matcher.stopped:
+                    answer.finish_reason = "stop"
+                    break
+                if interrupt.pressed:
+                    raise Interrupted
+        except Interrupted:
+            answer.finish_reason = "interrupted"
+        except (RKVError, RuntimeError, ValueError) as err:
+            raise CliError(nativelog.reason(one_line(err))) from err
+        finally:
+            stream.close()
+            end = time.perf_counter()
+            after = llama.kv_stats()
+            answer.prompt_seconds = (first or end) - start
+            answer.generated_seconds = end - (first or end)
+            if first is None:
+                answer.n_read = llama.n_evaluated
+            answer.compactions = after.compactions - before.compactions
+            answer.compaction_seconds = (after.t_compaction_us - before.t_compaction_us) / 1e6
+        rest = matcher.feed(decoder.finish()) + matcher.finish()
+        yield from self._note(answer, splitter, rest)
+        if splitter:
+            yield from self._keep(answer, splitter.finish())
+
+    def used(self) -> int:
+        """Cells in use; with policy none the tokens that the cache holds."""
+        return self.llama.kv_used()
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions that the context holds."""
+        return int(self.llama.n_tokens)
+
+    def description(self) -> str:
+        """llama.cpp's own words for the model, its size and parameters."""
+        buf = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self.llama.model, buf, len(buf))
+        size, count = lib.llama_model_size(self.llama.model), lib.llama_model_n_params(self.llama.model)
+        return (
+            f"{buf.value.decode(errors='replace')}, {count / 1e6:,.1f} M parameters, {size / 2**20:,.1f} MiB"
+        )
+
+    def reset(self) -> None:
+        """Forget everything that was decoded."""
+        self.llama.reset()
+        lib.llama_memory_clear(lib.llama_get_memory(self.llama.ctx), True)
+
+    def progress(self, total: int) -> tuple[float, str]:
+        """How much of a prompt of `total` tokens is read, for ui.progress."""
+        done = self.llama.n_evaluated
+        return done / total, f"{done:,}/{total:,} tokens"
+
+    def kv_report(self) -> KvReport:
+        """What the cache is and did so far."""
+        stats, kv = self.llama.kv_stats(), self.options.kv
+        return KvReport(
+            policy=kv.policy if kv else "none",
+            budget=kv.budget if kv else None,
+            buffer=kv.buffer if kv else None,
+            pin=kv.pin if kv else None,
+            cells=stats.cells,
+            bytes=stats.bytes,
+            compactions=stats.compactions,
+            compaction_seconds=stats.t_compaction_us / 1e6,
+        )
+
+    def _note(
+        self, answer: Answer, splitter: ThinkingSplitter | None, text: str
+    ) -> Iterator[tuple[Kind, str]]:
+        pieces: Iterator[tuple[Kind, str]] = iter((("text", text),)) if text else iter(())
+        yield from self._keep(answer, splitter.feed(text) if splitter else pieces)
+
+    @staticmethod
+    def _keep(answer: Answer, pieces: Iterator[tuple[Kind, str]]) -> Iterator[tuple[Kind, str]]:
+        for kind, text in pieces:
+            if kind == "thinking":
+                answer.thinking += text
+            else:
+                answer.text += text
+            yield kind, text
+
+    def _end_tokens(self) -> list[int]:
+        n = lib.llama_vocab_n_tokens(self.vocab)
+        return [t for t in range(n) if lib.llama_vocab_is_eog(self.vocab, t)]
+
+    def _token_text(self, token: int) -> str:
+        if token < 0:
+            return ""
+        return lib.llama_vocab_get_text(self.vocab, token).decode("utf-8", errors="replace")
+
+    def _single_token_tags(self) -> dict[int, bytes]:
+        from rkv_local.chat import THINK_TAGS
+
+        found = {}
+        for tag in (t.encode() for pair in THINK_TAGS for t in pair):
+            tokens = self.llama.tokenize(tag, add_bos=False, special=True)
+            if len(tokens) == 1:
+                found[tokens[0]] = tag
+        return found

@@ -13,7 +13,7 @@ import engine_tools as native
 import reference as ref
 from engine_tools import Context, Model, Options
 
-SMALL = Options(ref.Spec(budget=20, window=4, pin=2), buffer=8, batch=8, n_ctx=160, n_seq=2, n_threads=1)
+SMALL = Options(ref.Spec(budget=20, window=4, pin=2), buffer=8, batch=8, n_ctx=256, n_seq=2, n_threads=1)
 
 BAD_PARAMS: list[dict[str, float]] = [
     {"policy": -1},

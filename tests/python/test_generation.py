@@ -28,7 +28,7 @@ def greedy(context: Context, prompts: dict[int, list[int]], n: int) -> dict[int,
 
 
 def first_difference_is_a_near_tie(a: Sequence[np.ndarray], b: Sequence[np.ndarray], gap: float) -> bool:
-    """True if both pick the same tokens. At the first other choice, the two were closer than `gap` in both."""
+    """True if both pick the same tokens. At the first other choice the two are closer than `gap` in both."""
     for x, y in zip(a, b, strict=True):
         i, j = int(x.argmax()), int(y.argmax())
         if i != j:

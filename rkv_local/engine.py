@@ -33,6 +33,14 @@ __all__ = ["KVStats", "Llama", "Session"]
 
 _STOCK_PARAMETERS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
 
+
+class _Closed:
+    """Stands where a closed Llama's context, model, batch and tokenizer were."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RKVError("this Llama is closed")
+
+
 _COUNTS = [field[0] for field in _native.RkvStats._fields_]
 
 
@@ -84,7 +92,10 @@ class Llama(llama_cpp.Llama):
 
     # llama_cpp.Llama.__init__ fills its context_params with no way to add to them: ours are set when read.
     _options: Options
+    _ctx: Any
+    _model: Any
     _batch: Any
+    tokenizer_: Any
     n_tokens: int
 
     @property
@@ -117,7 +128,6 @@ class Llama(llama_cpp.Llama):
         for name in stock:
             if name not in _STOCK_PARAMETERS:
                 raise TypeError(f"Llama() got an unexpected parameter {name!r}")
-        self._closed = True  # until the end of __init__
         made = self._options = resolve(
             os.fspath(model_path),
             kv=kv,
@@ -166,7 +176,6 @@ class Llama(llama_cpp.Llama):
         self._n_outputs = 1  # of the last decode
         if stock.get("tokenizer") is None:
             self.tokenizer_ = PieceTokenizer(self)
-        self._closed = False
 
     # -- the cache ---------------------------------------------------------------------------------
 
@@ -177,7 +186,6 @@ class Llama(llama_cpp.Llama):
 
     def kv_stats(self) -> KVStats:
         """Size of the cache and what was done to it."""
-        self._open()
         raw = _native.stats(self.ctx)
         counts = {name: getattr(raw, name) for name in _COUNTS}
         if self.kv is None or not self._active:
@@ -186,7 +194,6 @@ class Llama(llama_cpp.Llama):
 
     def kv_used(self, seq_id: int = 0) -> int:
         """Cells in use by a sequence in the widest layer. Raises IndexError on a bad sequence."""
-        self._open()
         self._check_seq(seq_id)
         return _native.seq_used(self.ctx, seq_id) if self._active else self._pos_next(seq_id)
 
@@ -196,7 +203,6 @@ class Llama(llama_cpp.Llama):
         Raises:
             IndexError: there is no such layer, head or sequence.
         """
-        self._open()
         self._check_seq(seq_id)
         shape = self.shape
         if not 0 <= layer < shape.n_layer:
@@ -221,7 +227,6 @@ class Llama(llama_cpp.Llama):
         Raises:
             RKVError: beyond n_ctx, or the engine's reason; n_tokens says what was decoded.
         """
-        self._open()
         tokens = [*self._settle(), *tokens]
         end = self.n_tokens + len(tokens)
         if end > self._n_ctx:
@@ -284,7 +289,6 @@ class Llama(llama_cpp.Llama):
 
     def forget(self) -> None:
         """Empty the cache of every sequence."""
-        self._open()
         self._ctx.kv_cache_clear()
         self.reset()
 
@@ -307,7 +311,6 @@ class Llama(llama_cpp.Llama):
         Raises:
             ValueError: an empty prompt. RKVError: beyond n_ctx, or the engine's reason.
         """
-        self._open()
         tokens = list(tokens)
         if not tokens:
             raise ValueError("the prompt is empty: there is no token to continue from")
@@ -318,7 +321,6 @@ class Llama(llama_cpp.Llama):
         return (yield from super().generate(tokens, *args, **kwargs))
 
     def _create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Iterator[Any]:
-        self._open()
         k = kwargs.pop("logprobs", None)
         if k is None:
             yield from super()._create_completion(prompt, *args, **kwargs)
@@ -357,15 +359,10 @@ class Llama(llama_cpp.Llama):
         super().set_cache(cache)
 
     def _refuse(self, what: str) -> None:
-        self._open()
         if self._active:
             raise NotImplementedError(f"{what} cannot save a compressed cache yet: use kv=None for it")
 
     # -- life --------------------------------------------------------------------------------------
-
-    def _open(self) -> None:
-        if self._closed:
-            raise RKVError("this Llama is closed")
 
     def _check_seq(self, seq_id: int) -> None:
         if not 0 <= seq_id < self.n_seq_max:
@@ -379,11 +376,12 @@ class Llama(llama_cpp.Llama):
         return {**super().__getstate__(), **ours}
 
     def close(self) -> None:
-        """Free the model and its cache; further calls raise RKVError."""
-        self._closed = True
+        """Free the model and its cache; whatever needs them then raises RKVError."""
         stack = getattr(self, "_stack", None)
         if stack is not None:
             stack.close()
+            self._sampler = None
+            self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
 
     def __enter__(self) -> Llama:
         return self

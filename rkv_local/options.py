@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .budget import KVBudget, pad_ctx
-from .shape import CACHE_TYPES, ModelShape, cache_type, is_quantised, read_metadata, row_bytes
+from .shape import CACHE_TYPES, cache_type, is_quantised, read_metadata
 
 DEFAULT_N_CTX = 32768  # with a budget, where it costs no memory
 _STOCK_N_CTX, _STOCK_N_BATCH = 512, 512  # llama_cpp's defaults
@@ -93,20 +93,15 @@ def resolve(
 
     n_layer = 0
     if kv is not None and kv.active:
-        shape = ModelShape.from_metadata(metadata)
-        n_layer = shape.n_layer
-        if n_batch is not None and kv.batch is None:
+        n_layer = int(metadata.get(f"{metadata.get('general.architecture')}.block_count", 0))
+        if kv.layer_budgets is not None:
+            kv.budgets(n_layer)  # they must fit the model
+        if n_batch is None:
+            n_batch = kv.n_batch
+        elif kv.batch is None:
             kv = replace(kv, batch=n_batch)
-        kv.cells(n_layer)  # layer_budgets must fit the model
-        if n_batch is not None and n_batch > kv.n_batch:
-            raise ValueError(f"n_batch is {n_batch}, must be at most the budget's batch, {kv.n_batch}")
-        n_batch = n_batch or kv.n_batch
-        for field, value, sizes in (
-            ("type_k", type_k, shape.n_embd_head_k),
-            ("type_v", type_v, shape.n_embd_head_v),
-        ):
-            for size in set(sizes):
-                row_bytes("f16" if value is None else value, 1, size, field)
+        elif n_batch > kv.batch:
+            raise ValueError(f"n_batch is {n_batch}, must be at most the budget's batch, {kv.batch}")
     chunk = min(_STOCK_N_BATCH if n_batch is None else n_batch, n_ctx)
     forced: dict[str, Any] = {}
     if n_seq_max is not None:

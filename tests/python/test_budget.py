@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pickle
 import struct
@@ -153,7 +154,7 @@ def test_pyramid_falls_from_wide_to_narrow() -> None:
     budgets = KVBudget(budget=1024, layer_budgets="pyramid").budgets(30)
     assert budgets == sorted(budgets, reverse=True)
     assert (budgets[0], budgets[-1]) == (13 + 1971, 13 + 51)  # 1011 * (2 - 1/20) and 1011 / 20
-    steps = [a - b for a, b in zip(budgets, budgets[1:], strict=False)]
+    steps = [a - b for a, b in itertools.pairwise(budgets)]
     assert max(steps) - min(steps) <= 1
 
 
@@ -256,7 +257,7 @@ def test_bytes_are_the_sum_over_layers(
     n_sim: int,
     data: st.DataObject,
 ) -> None:
-    """(heads per KV head, KV heads, K head size / 32, V head size / 32) of each layer, budgets of each layer."""
+    """layers: heads per KV head, KV heads, K head size / 32, V head size / 32."""
     budgets = data.draw(st.lists(st.integers(window + 5, 4000), min_size=len(layers), max_size=len(layers)))
     heads, heads_kv, d_k, d_v = zip(*[(g * h, h, 32 * k, 32 * v) for g, h, k, v in layers], strict=True)
     shape = ModelShape(len(layers), heads, heads_kv, d_k, d_v)
@@ -313,7 +314,7 @@ def test_head_size_that_a_block_does_not_divide() -> None:
 
 
 def _gguf(*pairs: tuple[str, Any], n_pairs: int | None = None) -> bytes:
-    """A GGUF header: int → uint32, str → string, list of int → array of int32, list of str → array of strings."""
+    """A GGUF header: int → uint32, str → string, lists → arrays of int32 or strings."""
 
     def string(text: str) -> bytes:
         return struct.pack("<Q", len(text)) + text.encode()
@@ -390,6 +391,6 @@ def test_missing_file_and_wrong_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read the model file"):
         KVBudget().bytes_for(tmp_path / "absent.gguf")
     with pytest.raises(ValueError, match="model is int, must be a Llama, a path or a ModelShape"):
-        KVBudget().bytes_for(7)  # type: ignore[arg-type]
+        KVBudget().bytes_for(7)
     with pytest.raises(ValueError, match="n_head has 1 numbers, must have one per layer: 2"):
         ModelShape(2, (1,), (1, 1), (8, 8), (8, 8))

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "llama.h"
+#include "rkv-policy.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -22,15 +23,6 @@ extern "C" {
 
 // Bumped whenever a struct or a function below changes; rkv_version() returns the library's.
 #define RKV_VERSION 1
-
-enum rkv_policy {
-    RKV_POLICY_NONE      = 0, // stock llama.cpp: n_ctx cells, nothing evicted
-    RKV_POLICY_RKV       = 1, // Z = lambda*I - (1 - lambda)*R             (arXiv 2505.24133)
-    RKV_POLICY_SNAPKV    = 2, // Z = I                                     (arXiv 2404.14469)
-    RKV_POLICY_STREAMING = 3, // Z = recency                               (arXiv 2309.17453)
-    RKV_POLICY_LATEST    = 4, // Z = lambda*I/max(I) - (1 - lambda)*L      (docs/design.md)
-    RKV_POLICY_COUNT,
-};
 
 // All counts are in cells (= tokens).
 struct rkv_params {

@@ -1,3 +1,19 @@
 # Our files, by the llama.cpp target that they are compiled into. Paths are relative to this folder.
-set(RKV_LLAMA_SOURCES)
-set(RKV_GGML_CPU_SOURCES)
+set(RKV_LLAMA_SOURCES
+    rkv-api.cpp
+    rkv-cache.cpp
+    rkv-compact.cpp
+    rkv-graph.cpp
+    rkv-init.cpp
+    rkv-ops.cpp
+    rkv-rope.cpp
+    rkv-select.cpp
+)
+set(RKV_GGML_CPU_SOURCES
+    cpu/policy-latest.cpp
+    cpu/policy-rkv.cpp
+    cpu/policy-snapkv.cpp
+    cpu/policy-streaming.cpp
+    cpu/rkv-cpu.cpp
+    cpu/rkv-scorer.cpp
+)

@@ -1,0 +1,173 @@
+// The budget of one llama_kv_cache: how cells are laid out, when a sequence is compacted, and what is allowed on it
+// afterwards. One object per cache; llama_kv_cache calls it from the places that patches/ marks.
+//
+// Layers whose budgets are equal form a group. All groups share one virtual row index, in which the kept cells end at
+// n_budget(): a group with a smaller budget owns no rows at the front, and its row r is virtual row r + off.
+
+#pragma once
+
+#include "rkv.h"
+#include "rkv-ops.h"
+
+#include "ggml-cpp.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+class  llama_kv_cache;
+class  llama_kv_cells;
+struct llama_context;
+struct llama_cparams;
+struct llama_hparams;
+struct llama_model;
+struct llama_ubatch;
+
+class rkv_cache {
+public:
+    // nullptr unless a budget is pending on this thread (rkv_begin_init)
+    static std::unique_ptr<rkv_cache> create(llama_kv_cache & kv, uint32_t n_stream);
+    ~rkv_cache();
+
+    //
+    // allocation, called from llama_kv_cache's constructor
+    //
+
+    uint32_t n_cells()           const { return n_budget_max + n_extra; } // virtual rows
+    uint32_t n_cells(int32_t il) const { return groups[group_of(il)].budget + n_extra; }
+    uint32_t offset (int32_t il) const { return groups[group_of(il)].off; }
+
+    void add_layer(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml_tensor * v);
+
+    //
+    // llama_memory_i
+    //
+
+    void attach(llama_context * lctx) { this->lctx = lctx; }
+    void clear();
+
+    bool seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) const; // false: refused
+    bool seq_cp  (llama_seq_id src, llama_seq_id dst, llama_pos & p0, llama_pos & p1); // false: refused
+    bool seq_keep(llama_seq_id seq_id); // false: refused
+    void copy_stream(uint32_t src, uint32_t dst);
+    bool refuse_shift() const; // always true
+    [[noreturn]] void refuse_state() const;
+
+    //
+    // batches
+    //
+
+    bool make_room(const std::vector<llama_ubatch> & ubatches); // compacts what has to be; false: does not fit
+    std::vector<uint32_t> find_rows(uint32_t strm, uint32_t n_tokens) const; // empty: does not fit
+    uint32_t n_kv(uint32_t used_max_p1) const;
+
+    //
+    // introspection
+    //
+
+    rkv_stats stats() const;
+    bool compact_now(llama_seq_id seq_id);
+    bool all_captured() const;
+    bool check_devices() const; // false: a layer's device has no kernels for the pass
+    int32_t seq_used(llama_seq_id seq_id) const;
+
+    const rkv_params & get_params() const { return params; }
+
+    struct layer_t {
+        uint32_t il;
+        uint32_t group;
+        int32_t  n_head, n_head_kv;
+        ggml_tensor * k;
+        ggml_tensor * v;
+        ggml_tensor * q;   // F32 [n_embd_head_k*n_head, window + 1, n_stream], the last row takes what is not needed
+        ggml_tensor * pos; // I32 [n_cells, n_head_kv, n_stream]
+        ggml_tensor * aux; // F32 [n_aux, n_cells, n_head_kv, n_stream] or NULL
+        rkv_op_params op;
+        float    scale_mul = 1.0f; // attention scale beside the graph's kq_scale
+        int32_t  rope = -1; // index into ropes
+        bool     captured = false;
+    };
+
+    struct group_t {
+        uint32_t budget;
+        uint32_t off;
+        uint32_t layer; // index of one of its layers
+    };
+
+    struct stream_t {
+        uint32_t  old_end = 0;      // virtual; cells before it were kept by a compaction
+        llama_pos exact   = 0;      // from this position on each cell is the same token in every head
+        bool      compacted = false;
+        std::vector<llama_pos> ring; // position whose query a slot of the ring holds, -1 = none
+    };
+
+    struct range_t { uint32_t begin, old_end, end; }; // physical rows
+
+    const layer_t * find_layer(int32_t il) const;
+    layer_t       * find_layer(int32_t il);
+    range_t   range(const layer_t & layer, uint32_t strm) const;
+    uint64_t  window_slots(uint32_t strm) const;
+    rkv_op_params scorer_params(const layer_t & layer) const;
+    const std::vector<float> * rope_table(const layer_t & layer) const;
+    int64_t   stream_of(llama_seq_id seq_id) const; // -1 on a bad id
+    const llama_kv_cells & cells(uint32_t strm) const;
+    bool      v_transposed() const;
+    const llama_hparams & hparams() const;
+    uint32_t  group_of(int32_t il) const { return layer_group[il]; }
+
+    std::vector<group_t>  groups; // [0] is the widest
+    std::vector<stream_t> streams;
+    std::vector<layer_t>  layers;
+
+private:
+    rkv_cache(llama_kv_cache & kv, uint32_t n_stream);
+
+    bool compact(const std::vector<uint32_t> & strms);
+    bool compact_some(const std::vector<uint32_t> & strms);
+    bool close_holes(uint32_t strm);
+    bool run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
+             const std::map<ggml_tensor *, const std::vector<float> *> & tables);
+    uint32_t used_end(uint32_t strm) const;
+    void     reset_if_empty(uint32_t strm);
+    ggml_backend_t backend_of(const ggml_tensor * t) const;
+
+    llama_kv_cache & kv;
+    llama_context  * lctx = nullptr;
+    const llama_model & model;
+    std::unique_ptr<llama_cparams> cparams; // the context's own, with the logical n_ctx_seq
+
+    rkv_params params;
+    std::vector<uint32_t> layer_budgets; // empty: uniform
+    std::vector<uint32_t> layer_group;
+
+    uint32_t n_stream;
+    uint32_t n_budget_max;
+    uint32_t n_start; // first row of a fresh sequence: the first that every group owns
+    uint32_t n_extra; // rows behind the kept cells
+
+    struct rope_t { int32_t n_rot; float base, scale; const ggml_tensor * factors; std::vector<float> table; };
+    std::vector<rope_t> ropes;
+
+    ggml_backend_ptr       backend_cpu; // of our own: no abort callback may stop a pass half-way
+    ggml_backend_sched_ptr sched;
+    std::vector<ggml_backend_t> backends;
+
+    uint64_t n_compactions = 0;
+    uint64_t t_us          = 0;
+    double   n_evicted     = 0;
+};
+
+//
+// creation: the budget waits in the thread until llama_model::create_memory makes the cache
+//
+
+// throws std::runtime_error with the reason where a pending budget cannot be honoured
+void rkv_check_model (const llama_model & model, int ctx_type, const llama_cparams & cparams);
+void rkv_check_memory(const void * memory, bool is_plain_kv_cache); // after the cache was made
+
+// the last error of this thread; printf-like, returns false
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+bool rkv_set_error(const char * fmt, ...);

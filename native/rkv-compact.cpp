@@ -1,0 +1,380 @@
+// The pass: score, select and gather, for all layers and for the sequences that are full, as one graph with a
+// scheduler of its own, so that the decode graph stays allocated and is reused.
+
+#include "rkv-cache.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+static constexpr size_t JOBS_PER_PASS   = 16; // bounds the temporary memory
+static constexpr int    NODES_PER_LAYER = 7;
+
+namespace {
+
+struct group_io {
+    ggml_tensor * jobs = nullptr;
+    std::vector<int32_t> job_data;
+};
+
+// what the pass moves, as views [unit, n_cells, heads or head elements, n_stream]
+std::vector<ggml_tensor *> gathered(ggml_context * ctx, const rkv_cache::layer_t & l, const llama_hparams & hp, bool v_trans) {
+    const auto by_head = [&](ggml_tensor * t, int64_t n_embd_head) {
+        return ggml_view_4d(ctx, t, n_embd_head, t->ne[1], l.n_head_kv, t->ne[2],
+            t->nb[1], ggml_row_size(t->type, n_embd_head), t->nb[2], 0);
+    };
+    // a transposed V is [n_cells, n_embd_v_gqa] in memory; padding columns (TAG_V_CACHE_VARIABLE) need no move
+    const auto transposed = [&](ggml_tensor * t, int64_t n_line, int64_t n_cells) {
+        const size_t el = ggml_type_size(t->type);
+        return ggml_view_4d(ctx, t, 1, n_cells, n_line, t->ne[2], el, el*n_cells, t->nb[2], 0);
+    };
+    std::vector<ggml_tensor *> views = { by_head(l.k, hp.n_embd_head_k(l.il)) };
+    views.push_back(v_trans ? transposed(l.v, hp.n_embd_v_gqa(l.il), l.v->ne[1]) : by_head(l.v, hp.n_embd_head_v(l.il)));
+    views.push_back(transposed(l.pos, l.n_head_kv, l.pos->ne[0]));
+    if (l.aux) {
+        views.push_back(l.aux);
+    }
+    return views;
+}
+
+} // namespace
+
+rkv_op_params rkv_cache::scorer_params(const layer_t & layer) const {
+    rkv_op_params op = layer.op;
+    if (kv.attn_rot_k) {
+        op.n_hadamard = 64; // as llama_kv_cache::build_input_k_rot chooses it
+        while (kv.n_embd_head_k_all % (2*op.n_hadamard) == 0) {
+            op.n_hadamard *= 2;
+        }
+    }
+    return op;
+}
+
+ggml_backend_t rkv_cache::backend_of(const ggml_tensor * t) const {
+    const auto buft = ggml_backend_buffer_get_type(t->buffer);
+    for (ggml_backend_t backend : backends) {
+        if (ggml_backend_supports_buft(backend, buft)) {
+            return backend;
+        }
+    }
+    return backends.back();
+}
+
+// Runs a graph whose nodes all work on cache tensors. Inputs are set between allocation and computation.
+bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
+        const std::map<ggml_tensor *, const std::vector<float> *> & tables) {
+    if (!sched) {
+        backend_cpu.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+        if (!backend_cpu) {
+            return rkv_set_error("failed to initialize the CPU backend for the compaction");
+        }
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(lctx->get_sched()); ++i) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(lctx->get_sched(), i);
+            const auto type = ggml_backend_dev_type(ggml_backend_get_device(backend));
+            if (type != GGML_BACKEND_DEVICE_TYPE_CPU && type != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+                backends.push_back(backend);
+            }
+        }
+        backends.push_back(backend_cpu.get());
+        const size_t size = layers.size()*NODES_PER_LAYER*4 + 64;
+        sched.reset(ggml_backend_sched_new(backends.data(), nullptr, backends.size(), size, false, false));
+    }
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_cpu.get()));
+    auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    if (set_n_threads) {
+        set_n_threads(backend_cpu.get(), lctx->n_threads());
+    }
+
+    ggml_backend_sched_reset(sched.get());
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_RKV) {
+            // score reads the cache that compact writes: both belong where the layer is
+            const ggml_tensor * home = node->view_src ? node->view_src : node->src[0];
+            while (home && !home->buffer) {
+                home = home->src[0];
+            }
+            ggml_backend_sched_set_tensor_backend(sched.get(), node, backend_of(home));
+        }
+    }
+    if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
+        return rkv_set_error("failed to allocate memory for the compaction");
+    }
+    for (const auto & [t, data] : inputs) {
+        if (t->buffer) {
+            ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+        }
+    }
+    for (const auto & [t, data] : tables) {
+        if (t->buffer) {
+            ggml_backend_tensor_set(t, data->data(), 0, ggml_nbytes(t));
+        }
+    }
+    if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        return rkv_set_error("the compaction failed to compute");
+    }
+    return true;
+}
+
+bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
+    const int64_t t0 = ggml_time_us();
+    bool ok = true;
+    for (size_t i = 0; ok && i < strms.size(); i += JOBS_PER_PASS) {
+        ok = compact_some({ strms.begin() + i, strms.begin() + std::min(i + JOBS_PER_PASS, strms.size()) });
+    }
+    t_us += ggml_time_us() - t0;
+    if (!ok) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, rkv_last_error());
+    }
+    return ok;
+}
+
+bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
+    for (const uint32_t s : strms) {
+        if (!close_holes(s)) {
+            return false;
+        }
+    }
+
+    const int64_t n_jobs = strms.size();
+
+    ggml_init_params ip = {
+        /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(NODES_PER_LAYER + 5) + 4*groups.size() + 16) +
+                          ggml_graph_overhead_custom(layers.size()*NODES_PER_LAYER*4 + 64, false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(ip) };
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), layers.size()*NODES_PER_LAYER*4 + 64, false);
+
+    std::map<ggml_tensor *, std::vector<int32_t>> inputs;
+    std::map<ggml_tensor *, const std::vector<float> *> tables;
+    const auto new_input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
+        ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), type, ne0, ne1);
+        ggml_set_input(t);
+        return t;
+    };
+
+    // true positions of the cells added since the last pass, by virtual row
+    ggml_tensor * new_pos = new_input(GGML_TYPE_I32, n_cells(), n_jobs);
+    auto & new_pos_data = inputs[new_pos];
+    new_pos_data.assign(n_cells()*n_jobs, 0);
+    for (int64_t i = 0; i < n_jobs; ++i) {
+        const auto & c = cells(strms[i]);
+        for (uint32_t r = streams[strms[i]].old_end; r < c.used_max_p1(); ++r) {
+            new_pos_data[i*n_cells() + r] = c.is_empty(r) ? 0 : c.pos_get(r);
+        }
+    }
+
+    // one jobs tensor per group
+    std::vector<group_io> io(groups.size());
+    for (const auto & l : layers) {
+        group_io & g = io[l.group];
+        if (g.jobs) {
+            continue;
+        }
+        g.jobs = new_input(GGML_TYPE_I32, RKV_JOB_N, n_jobs);
+        for (const uint32_t s : strms) {
+            const range_t  r      = range(l, s);
+            const uint32_t budget = groups[l.group].budget;
+            const uint32_t keep   = std::min(r.end - r.begin, budget);
+            const uint64_t slots  = window_slots(s);
+
+            int32_t job[RKV_JOB_N] = {};
+            job[RKV_JOB_STREAM]   = s;
+            job[RKV_JOB_BEGIN]    = r.begin;
+            job[RKV_JOB_OLD_END]  = r.old_end;
+            job[RKV_JOB_END]      = r.end;
+            job[RKV_JOB_KEEP]     = keep;
+            job[RKV_JOB_DST]      = budget - keep;
+            job[RKV_JOB_SHIFT]    = groups[l.group].off;
+            job[RKV_JOB_QUERY_LO] = (int32_t) (uint32_t) slots;
+            job[RKV_JOB_QUERY_HI] = (int32_t) (uint32_t) (slots >> 32);
+            g.job_data.insert(g.job_data.end(), job, job + RKV_JOB_N);
+        }
+        inputs[g.jobs] = g.job_data;
+    }
+
+    std::vector<ggml_tensor *> rope_inputs(ropes.size(), nullptr);
+    double evicted = 0, heads = 0;
+    for (const auto & l : layers) {
+        const group_io & g = io[l.group];
+
+        ggml_tensor * rope = nullptr;
+        if (params.policy == RKV_POLICY_LATEST && l.rope >= 0) {
+            const auto * table = rope_table(l);
+            if (!rope_inputs[l.rope]) {
+                rope_inputs[l.rope] = new_input(GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
+                tables[rope_inputs[l.rope]] = table;
+            }
+            rope = rope_inputs[l.rope];
+        }
+        const rkv_op_params op = scorer_params(l);
+
+        ggml_tensor * pos   = ggml_rkv_positions(ctx.get(), l.pos, new_pos, g.jobs, &op);
+        ggml_build_forward_expand(gf, pos);
+        ggml_tensor * score = ggml_rkv_score(ctx.get(), l.k, l.q, g.jobs, pos, l.aux, rope, &op);
+        ggml_tensor * idx   = ggml_rkv_select(ctx.get(), score, g.jobs, groups[l.group].budget, &op);
+        ggml_build_forward_expand(gf, idx);
+        for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
+            ggml_build_forward_expand(gf, ggml_rkv_compact(ctx.get(), view, idx, g.jobs, &op));
+        }
+        for (int64_t i = 0; i < n_jobs; ++i) {
+            const int32_t * job = g.job_data.data() + i*RKV_JOB_N;
+            evicted += (double) l.n_head_kv*(job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - job[RKV_JOB_KEEP]);
+        }
+        heads += l.n_head_kv;
+    }
+
+    if (!run(gf, inputs, tables)) {
+        return false;
+    }
+    n_evicted     += evicted/heads;
+    n_compactions += n_jobs;
+
+    // The cells' metadata is the same for all heads. A row past the pinned ones and before the window holds different
+    // tokens in different heads; it gets a position that none of them exceeds, strictly increasing, below the window's.
+    for (const uint32_t s : strms) {
+        auto & c = kv.v_cells[s];
+        const uint32_t first = c.used_min(), end = c.used_max_p1();
+        const uint32_t n     = end - first;
+        const uint32_t keep  = std::min(n, n_budget_max);
+
+        std::vector<llama_pos> pos(n);
+        for (uint32_t i = 0; i < n; ++i) {
+            pos[i] = c.pos_get(first + i);
+        }
+        const uint32_t  window   = std::min(params.window, n);
+        const llama_pos in_full  = pos[n - window]; // from here on every head holds the same tokens
+        std::vector<llama_pos> kept(pos.end() - keep, pos.end());
+        if (keep < n) {
+            for (uint32_t i = 0; i < keep - window; ++i) {
+                kept[i] = i < params.pin ? pos[i] : in_full - (llama_pos) (keep - window - i);
+            }
+        }
+        const bool lost = std::any_of(layers.begin(), layers.end(), [&](const layer_t & l) {
+            return groups[l.group].budget < range(l, s).end - range(l, s).begin;
+        });
+
+        c.reset();
+        for (uint32_t i = 0; i < keep; ++i) {
+            c.pos_set(n_budget_max - keep + i, kept[i]);
+            c.seq_add(n_budget_max - keep + i, s);
+        }
+        streams[s].old_end = n_budget_max;
+        if (lost) {
+            streams[s].compacted = true;
+            streams[s].exact     = in_full;
+        }
+    }
+    return true;
+}
+
+// A removal in the middle of what was never compacted leaves free rows between used ones: close up first.
+bool rkv_cache::close_holes(uint32_t strm) {
+    auto & c = kv.v_cells[strm];
+    const uint32_t first = c.used_min(), end = c.used_max_p1();
+    if (end - first == c.get_used()) {
+        return true;
+    }
+
+    std::vector<uint32_t> used;
+    uint32_t old_used = 0;
+    for (uint32_t r = first; r < end; ++r) {
+        if (!c.is_empty(r)) {
+            used.push_back(r);
+            old_used += r < streams[strm].old_end;
+        }
+    }
+
+    ggml_init_params ip = {
+        /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(NODES_PER_LAYER + 5) + 4*groups.size() + 16) +
+                          ggml_graph_overhead_custom(layers.size()*NODES_PER_LAYER*4 + 64, false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(ip) };
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), layers.size()*NODES_PER_LAYER*4 + 64, false);
+
+    std::map<ggml_tensor *, std::vector<int32_t>> inputs;
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> io(groups.size()); // rows, jobs
+    for (const auto & l : layers) {
+        auto & [rows, jobs] = io[l.group];
+        const uint32_t off = groups[l.group].off;
+        if (!rows) {
+            rows = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, n_cells(), 1, 1);
+            jobs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
+            ggml_set_input(rows);
+            ggml_set_input(jobs);
+            auto & data = inputs[rows];
+            for (const uint32_t r : used) {
+                if (r >= off) {
+                    data.push_back(r - off);
+                }
+            }
+            auto & job = inputs[jobs];
+            job.assign(RKV_JOB_N, 0);
+            job[RKV_JOB_STREAM] = strm;
+            job[RKV_JOB_END]    = end - off;
+            job[RKV_JOB_KEEP]   = data.size();
+            job[RKV_JOB_DST]    = std::max(first, off) - off;
+            data.resize(n_cells(), 0);
+        }
+        for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
+            ggml_build_forward_expand(gf, ggml_rkv_compact(ctx.get(), view, rows, jobs, &l.op));
+        }
+    }
+    if (!run(gf, inputs, {})) {
+        return false;
+    }
+
+    std::vector<llama_pos> pos;
+    for (const uint32_t r : used) {
+        pos.push_back(c.pos_get(r));
+    }
+    c.reset();
+    for (size_t i = 0; i < pos.size(); ++i) {
+        c.pos_set(first + i, pos[i]);
+        c.seq_add(first + i, strm);
+    }
+    streams[strm].old_end = old_used > 0 ? first + old_used : 0;
+    return true;
+}
+
+bool rkv_cache::compact_now(llama_seq_id seq_id) {
+    const int64_t s = stream_of(seq_id);
+    if (s < 0) {
+        return rkv_set_error("there is no sequence %d: the context has %u", seq_id, n_stream);
+    }
+    if (!lctx || cells(s).get_used() == 0) {
+        return rkv_set_error("sequence %d is empty", seq_id);
+    }
+    streams[s].old_end = std::min(streams[s].old_end, used_end(s));
+    const bool full = std::any_of(layers.begin(), layers.end(), [&](const layer_t & l) {
+        return groups[l.group].budget < range(l, s).end - range(l, s).begin;
+    });
+    if (!full) {
+        return rkv_set_error("sequence %d holds %d cells, within the budget of every layer", seq_id, seq_used(seq_id));
+    }
+    return compact({ (uint32_t) s });
+}
+
+// Would the devices that hold the layers run the pass?
+bool rkv_cache::check_devices() const {
+    ggml_init_params ip = { ggml_tensor_overhead()*16, nullptr, true };
+    for (const auto & l : layers) {
+        ggml_context_ptr ctx { ggml_init(ip) };
+        ggml_tensor * jobs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
+        ggml_tensor * node = ggml_rkv_score(ctx.get(), l.k, l.q, jobs, l.pos, l.aux, nullptr, &l.op);
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer));
+        if (dev && !ggml_backend_dev_supports_op(dev, node)) {
+            return rkv_set_error("layer %u's cache is on %s, which has no compaction kernels yet: keep the cache in "
+                "main memory (offload_kqv=false, --no-kv-offload)", l.il, ggml_backend_dev_name(dev));
+        }
+    }
+    return true;
+}

@@ -1,0 +1,239 @@
+// Parameters, and which models they are for.
+
+#include "rkv-cache.h"
+#include "rkv-init.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+static thread_local std::string last_error;
+static thread_local std::unique_ptr<rkv_pending> pending;
+
+bool rkv_set_error(const char * fmt, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof(text), fmt, args);
+    va_end(args);
+    last_error = text;
+    return false;
+}
+
+const char * rkv_last_error() { return last_error.c_str(); }
+
+rkv_pending * rkv_pending_get() { return pending.get(); }
+
+rkv_params rkv_default_params() {
+    rkv_params p = {};
+    p.policy    = RKV_POLICY_RKV;
+    p.budget    = 1024;
+    p.buffer    = 128;
+    p.window    = 8;
+    p.pin       = 4;
+    p.pool      = 7;
+    p.lambda    = 0.1f;
+    p.threshold = 0.5f;
+    p.n_sim     = 1;
+    return p;
+}
+
+static bool check_budget(const rkv_params & p, uint32_t budget, const char * whose) {
+    const uint32_t least = p.window + p.pin + 1;
+    if (budget < least) {
+        return rkv_set_error("%s budget of %u cells leaves no room beside %u pinned cells and a window of %u: at least %u",
+            whose, budget, p.pin, p.window, least);
+    }
+    if (budget > 1u << 24) {
+        return rkv_set_error("%s budget of %u cells is too large", whose, budget);
+    }
+    return true;
+}
+
+bool rkv_params_check(const rkv_params * params) {
+    last_error.clear();
+    if (!params) {
+        return rkv_set_error("no parameters");
+    }
+    const rkv_params & p = *params;
+    if (p.policy < 0 || p.policy >= RKV_POLICY_COUNT) {
+        return rkv_set_error("there is no policy %d", p.policy);
+    }
+    if (p.policy == RKV_POLICY_NONE) {
+        return true;
+    }
+    if (p.window < 1 || p.window > RKV_MAX_WINDOW) {
+        return rkv_set_error("window must be 1 to %d tokens, not %u", RKV_MAX_WINDOW, p.window);
+    }
+    if (p.buffer < 1 || p.buffer > 1u << 20) {
+        return rkv_set_error("buffer must be 1 to %u tokens, not %u", 1u << 20, p.buffer);
+    }
+    if (p.pin > 1u << 24) {
+        return rkv_set_error("pin must be at most %u cells, not %u", 1u << 24, p.pin);
+    }
+    if (p.n_batch_seq > 1u << 20) {
+        return rkv_set_error("n_batch_seq must be at most %u tokens, not %u", 1u << 20, p.n_batch_seq);
+    }
+    if (p.pool < 1 || p.pool > 255 || p.pool % 2 == 0) {
+        return rkv_set_error("pool must be an odd width of 1 to 255 cells, not %u", p.pool);
+    }
+    if (!(p.lambda >= 0.0f && p.lambda <= 1.0f)) {
+        return rkv_set_error("lambda must be 0 to 1, not %g", p.lambda);
+    }
+    if (!(p.threshold >= -1.0f && p.threshold <= 1.0f)) {
+        return rkv_set_error("threshold must be a cosine, -1 to 1, not %g", p.threshold);
+    }
+    if (p.n_sim < 1 || p.n_sim > RKV_MAX_AUX) {
+        return rkv_set_error("n_sim must be 1 to %d, not %u", RKV_MAX_AUX, p.n_sim);
+    }
+    if (p.reference && p.policy != RKV_POLICY_RKV) {
+        return rkv_set_error("reference behaviour exists for the policy rkv only");
+    }
+    if (!p.layer_budgets) {
+        return check_budget(p, p.budget, "a");
+    }
+    if (p.n_layer_budgets == 0) {
+        return rkv_set_error("layer_budgets is empty");
+    }
+    for (uint32_t il = 0; il < p.n_layer_budgets; ++il) {
+        const std::string whose = "layer " + std::to_string(il) + "'s";
+        if (!check_budget(p, p.layer_budgets[il], whose.c_str())) {
+            return false;
+        }
+    }
+    return true;
+}
+
+//
+// models
+//
+
+[[noreturn]] static void refuse(const std::string & why) {
+    throw std::runtime_error("a KV budget is not supported here: " + why);
+}
+
+void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparams & cparams) {
+    if (!pending || pending->taken) {
+        return;
+    }
+    const llama_hparams & hp = model.hparams;
+
+    if (llm_arch_is_recurrent(model.arch))          { refuse("the model is recurrent and has no KV cache"); }
+    if (llm_arch_is_hybrid(model.arch))             { refuse("the model is a hybrid of attention and recurrent layers"); }
+    if (hp.swa_type != LLAMA_SWA_TYPE_NONE)         { refuse("the model has sliding-window attention"); }
+    if (hp.is_mla())                                { refuse("the model has multi-head latent attention (MLA)"); }
+    if (hp.use_alibi)                               { refuse("the model has ALiBi position biases"); }
+    if (hp.n_pos_per_embd() > 1)                    { refuse("the model has multi-dimensional positions (M-RoPE)"); }
+    if (hp.ple_n_heads > 0)                         { refuse("the model reads earlier tokens from its cache (n-gram embeddings)"); }
+    if (llama_model_has_encoder(&model))            { refuse("the model has an encoder"); }
+    if (!cparams.causal_attn)                       { refuse("the attention is not causal"); }
+    if (cparams.embeddings)                         { refuse("the context computes embeddings"); }
+    if (ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT)     { refuse("the context is for a draft head (MTP)"); }
+    if (cparams.ctx_other)                          { refuse("the context shares another context's cache"); }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR || model.split_mode() == LLAMA_SPLIT_MODE_ROW) {
+        refuse("the model is split over devices by rows or tensors: use split mode layer");
+    }
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        refuse("the sequences share one cache: set kv_unified to false");
+    }
+    if (hp.rope_type != LLAMA_ROPE_TYPE_NONE && hp.rope_type != LLAMA_ROPE_TYPE_NORM && hp.rope_type != LLAMA_ROPE_TYPE_NEOX) {
+        refuse("the model's kind of RoPE is unknown");
+    }
+
+    if (!pending->layer_budgets.empty() && pending->layer_budgets.size() != hp.n_layer()) {
+        refuse("there are " + std::to_string(pending->layer_budgets.size()) + " layer budgets for " +
+            std::to_string(hp.n_layer()) + " layers");
+    }
+    if (pending->params.n_batch_seq == 0) {
+        pending->params.n_batch_seq = cparams.n_batch;
+    }
+    pending->model   = &model;
+    pending->cparams = &cparams;
+}
+
+void rkv_check_memory(const void * memory, bool is_plain_kv_cache) {
+    if (pending && !(memory && is_plain_kv_cache && pending->taken)) {
+        refuse("the model's kind of cache has no eviction yet");
+    }
+}
+
+rkv_cache * rkv_cache_of(const llama_context * ctx) {
+    if (!ctx) {
+        return nullptr;
+    }
+    auto * kv = dynamic_cast<llama_kv_cache *>(ctx->get_memory());
+    return kv ? kv->rkv.get() : nullptr;
+}
+
+//
+// creation
+//
+
+void rkv_begin_init(const rkv_params * params) {
+    last_error.clear();
+    pending = std::make_unique<rkv_pending>();
+    if (!rkv_params_check(params)) {
+        pending->failed = true;
+        return;
+    }
+    pending->params = *params;
+    if (params->layer_budgets) {
+        pending->layer_budgets.assign(params->layer_budgets, params->layer_budgets + params->n_layer_budgets);
+    }
+    if (params->policy == RKV_POLICY_NONE) {
+        pending.reset();
+    }
+}
+
+bool rkv_end_init() {
+    if (!pending) {
+        return true; // policy none
+    }
+    const auto done = std::move(pending);
+    if (done->failed) {
+        return false;
+    }
+    if (!last_error.empty()) {
+        return false;
+    }
+    if (!done->taken) {
+        return rkv_set_error("no context was created");
+    }
+    if (!done->cache->all_captured()) {
+        return rkv_set_error("a KV budget is not supported here: the model's attention does not pass through the one place "
+            "where queries can be seen");
+    }
+    return done->cache->check_devices();
+}
+
+llama_context * rkv_init_from_model(llama_model * model, llama_context_params cparams, const rkv_params * params) {
+    if (!rkv_params_check(params)) {
+        return nullptr;
+    }
+    rkv_begin_init(params);
+    llama_context * ctx = llama_init_from_model(model, cparams);
+    if (!rkv_end_init() && ctx) {
+        llama_free(ctx);
+        ctx = nullptr;
+    }
+    if (!ctx && last_error.empty()) {
+        rkv_set_error("llama.cpp could not create the context: see its log");
+    }
+    return ctx;
+}
+
+// Called where llama_init_from_model catches an exception.
+void rkv_init_failed(const char * why) {
+    if (pending) {
+        rkv_set_error("%s", why);
+    }
+}

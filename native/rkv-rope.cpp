@@ -14,9 +14,12 @@ std::vector<float> rkv_rope_table(const rkv_rope & rope, uint32_t n_pos) {
     float corr[2] = { 0.0f, 0.0f };
     ggml_rope_yarn_corr_dims(rope.n_rot, rope.n_ctx_orig, rope.freq_base, rope.beta_fast, rope.beta_slow, corr);
 
+    // ggml multiplies a float by this float for each pair: its rounding is a frequency's, and compounds
+    const double theta_scale = std::pow(rope.freq_base, -2.0f/rope.n_rot);
+
     std::vector<double> freq(half);
     for (int i = 0; i < half; ++i) {
-        const double plain = std::pow((double) rope.freq_base, -2.0*i/rope.n_rot) / (rope.freq_factors ? rope.freq_factors[i] : 1.0f);
+        const double plain = std::pow(theta_scale, i) / (rope.freq_factors ? rope.freq_factors[i] : 1.0f);
         // share of the unscaled frequency (YaRN's "NTK-by-parts" ramp)
         const double ramp = std::clamp((i - corr[0]) / std::max(0.001f, corr[1] - corr[0]), 0.0f, 1.0f);
         const double mix  = (1.0 - ramp)*rope.ext_factor;

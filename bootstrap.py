@@ -75,7 +75,7 @@ class Progress:
             width = shutil.get_terminal_size().columns
             print("\r\033[K" + self._line()[: width - 1], end="", file=sys.stderr, flush=True)
         else:
-            step = re.sub(r"\d%", "0%", self.detail)
+            step = re.sub(r"\d%.*", "0%", self.detail)
             if step != self.printed:
                 self.printed = step
                 print(self._line(), file=sys.stderr, flush=True)

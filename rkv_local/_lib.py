@@ -74,7 +74,9 @@ def _build_info(library: Path) -> str:
     try:
         function = handle.rkv_build_info
     except AttributeError:
-        return ""  # until the engine is in
+        raise ImportError(
+            f"{library} is a stock llama.cpp: unset RKV_LOCAL_LIB, or build again, pip install ."
+        ) from None
     function.restype = ctypes.c_char_p
     function.argtypes = []
     return str(function().decode("utf-8"))
@@ -111,7 +113,7 @@ def prepare() -> Path:
             f"llama_cpp was imported before rkv_local and uses {elsewhere}: import rkv_local first"
         )
     info, wanted = _build_info(library), f"llama-cpp-python {version}, llama.cpp {commit}"
-    if info and info != wanted:
+    if info != wanted:
         raise ImportError(f"{library} was built for {info}, not for {wanted}: build it again, pip install .")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
     _PREPARED["folder"] = folder

@@ -36,7 +36,8 @@ struct rkv_params {
     float    threshold;   // T: cosine above which two keys count as copies, -1..1
     uint32_t n_sim;       // `latest`: how many of the highest similarities are averaged, 1..4
     bool     reference;   // `rkv`: a key without a copy zeroes column 0, as the authors' code does
-    uint32_t n_batch_seq; // most tokens of one sequence in one llama_decode; 0 = the context's n_batch
+    uint32_t n_batch_seq; // most tokens of one sequence in one llama_decode (or `buffer`, if that is more);
+                          // 0 = the context's n_batch
 
     const uint32_t * layer_budgets; // one budget per model layer, or NULL: uniform
     uint32_t       n_layer_budgets;

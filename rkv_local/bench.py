@@ -111,23 +111,16 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         names = (
-            "cache",
-            "flash_attn",
-            "depth",
-            "parallel",
-            "tokens_per_second",
-            "spread",
-            "kv_bytes",
-            "cells",
-        )
-        names += (
-            "compaction_share",
-            "compactions",
-            "tokens",
-            "seconds",
-            "ratio_to_full",
-            "memory_bytes",
-            "samples",
+            *("cache", "flash_attn", "depth", "parallel", "tokens_per_second", "spread", "kv_bytes", "cells"),
+            *(
+                "compaction_share",
+                "compactions",
+                "tokens",
+                "seconds",
+                "ratio_to_full",
+                "memory_bytes",
+                "samples",
+            ),
         )
         return {name: getattr(self, name) for name in names}
 
@@ -303,7 +296,7 @@ def at_depth(
 
 
 def steady(kv: KVBudget, depth: int) -> bool:
-    """True if a sequence of that depth has been compacted, so that more tokens don't change how full it is."""
+    """True if a sequence of that depth has been compacted: more tokens don't change how full it is."""
     return depth >= kv.budget + kv.buffer
 
 

@@ -62,7 +62,7 @@ class Template:
 
         try:
             formatter = Jinja2ChatFormatter(self.source, eos_token=self.eos, bos_token=self.bos)
-            return formatter(messages=list(messages), **extra).prompt  # type: ignore[arg-type]
+            return formatter(messages=list(messages), **extra).prompt
         except Exception as err:  # a template is a program from the model's file: it may raise anything
             raise TemplateError(
                 f"the model's chat template refuses this conversation: {one_line(err)}"

@@ -81,8 +81,8 @@ def bench(**values: Any) -> None:
         parallel=values["parallel"],
         threads=values["threads"] or default_threads(),
         gpu_layers=values["gpu_layers"],
-        type_k=CACHE_TYPES[values["cache_type_k"]],
-        type_v=CACHE_TYPES[values["cache_type_v"]],
+        type_k=CACHE_TYPES[values["cache_type_k"]][0],
+        type_v=CACHE_TYPES[values["cache_type_v"]][0],
     ).whole_periods()
     if plan.n != values["n_gen"]:
         ui.line(f"-n {values['n_gen']} becomes {plan.n}: whole periods of {values['kv_buffer']} tokens")

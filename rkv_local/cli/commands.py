@@ -164,7 +164,7 @@ def show(state: State, rest: str) -> str:
         [
             f"model           {model.name} ({model.path})",
             f"                {state.session.description()}",
-            f"cache           {budget}: {kv.cells} cells, {kv.bytes / ui.MIB:.1f} MiB",
+            f"cache           {budget}: {kv.cells} cells, {ui.mib(kv.bytes)}",
             f"context         {state.session.n_ctx:,} tokens",
             settings(state),
             head,
@@ -179,7 +179,7 @@ def stats(state: State, rest: str) -> str:
     lines = [
         f"turns           {len(state.conversation.turns) // 2}",
         f"context         {session.n_tokens:,} of {session.n_ctx:,} tokens",
-        f"cells           {session.used()} of {kv.cells} in use, {kv.bytes / ui.MIB:.1f} MiB allocated",
+        f"cells           {session.used()} of {kv.cells} in use, {ui.mib(kv.bytes)} allocated",
         f"compactions     {kv.compactions}, {kv.compaction_seconds:.3f} s",
     ]
     if state.last is not None:

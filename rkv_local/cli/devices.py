@@ -26,7 +26,7 @@ class Device:
     memory_total: int
 
 
-def symbol(name: str) -> ctypes._FuncPointer:  # type: ignore[name-defined]
+def symbol(name: str) -> ctypes._FuncPointer:
     """A function of ggml, from whichever of our libraries has it."""
     folder = _lib.prepare()
     from llama_cpp import llama_cpp as lib

@@ -64,7 +64,7 @@ class Group(click.Group):
                 raise
             ui.error(str(err) or type(err).__name__)
             leave(1)
-        leave(code if isinstance(code, int) else 0)
+        return leave(code if isinstance(code, int) else 0)
 
 
 def leave(code: int) -> NoReturn:

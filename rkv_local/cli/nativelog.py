@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
+import tempfile
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 ERROR, CONTINUED = 4, 5  # enum ggml_log_level
 WARN = 3
 
@@ -28,6 +32,8 @@ def install(verbose: bool) -> None:
     """Take llama.cpp's and ggml's log: kept in memory, and written to stderr if `verbose`."""
     global _verbose
     _verbose = verbose
+    if not verbose:
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # ggml's abort starts a debugger
     from llama_cpp import llama_cpp as lib
 
     if "callback" not in _keep:
@@ -52,9 +58,23 @@ def clear() -> None:
     _lines.clear()
 
 
+def with_stderr(function: Callable[[], T]) -> tuple[T, str]:
+    """Call `function` and return its result and what C code wrote to stderr past the log, in one line."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            result = function()
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+        file.seek(0)
+        return result, " ".join(file.read().decode("utf-8", errors="replace").split())
+
+
 def reason(message: str, subject: str = "") -> str:
     """`message`, or llama.cpp's own first error line where the message alone does not say why."""
-    if not VAGUE.search(message) and not message.startswith("no root rule"):
+    if not VAGUE.search(message):
         return message
     wanted = [text for level, text in _lines if level == ERROR] or [t for lv, t in _lines if lv == WARN]
     for text in wanted:

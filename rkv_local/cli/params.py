@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from rkv_local.cli.options import CACHE_TYPES, DEFAULT_CTX, DEFAULT_CTX_FULL, POLICIES
 
-F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
 
 
 class PolicyParam(click.ParamType):
@@ -77,7 +77,7 @@ SHARE = click.FloatRange(0, 1)
 
 def opt(
     names: str, help: str, type: Any = None, default: Any = None, metavar: str | None = "N", **more: Any
-) -> Callable[[F], F]:
+) -> Decorator:
     """click.option in one line: names with spaces between them; a default is shown."""
     declared = names.split()
     return click.option(
@@ -91,10 +91,10 @@ def opt(
     )
 
 
-def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+def stack(*options: Decorator) -> Decorator:
     """One decorator from several, shown in --help in this order."""
 
-    def decorate(function: F) -> F:
+    def decorate(function: Any) -> Any:
         for option in reversed(options):
             function = option(function)
         return function
@@ -102,12 +102,12 @@ def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-def model_option() -> Callable[[F], F]:
+def model_option() -> Decorator:
     """The model by option."""
     return opt("-m --model", "A GGUF file or a short name.", metavar="MODEL")
 
 
-def cache_options() -> Callable[[F], F]:
+def cache_options() -> Decorator:
     """The budget of the cache."""
     policies = f"What is kept: {', '.join(POLICIES)}; `list` explains them."
     return stack(
@@ -127,7 +127,7 @@ def cache_options() -> Callable[[F], F]:
     )
 
 
-def context_options(*flash_attn: Callable[[F], F]) -> Callable[[F], F]:
+def context_options(*flash_attn: Decorator) -> Decorator:
     """Threads, devices, cache types, log. flash_attn: another option in place of the usual one."""
     auto = "auto: off on the CPU, where that is faster, unless V is quantised; else llama.cpp's choice."
     usual = opt("-fa --flash-attn", auto, click.Choice(("on", "off", "auto")), "auto", None)
@@ -154,11 +154,11 @@ def context_options(*flash_attn: Callable[[F], F]) -> Callable[[F], F]:
     )
 
 
-def load_options() -> Callable[[F], F]:
+def load_options() -> Decorator:
     """Everything that a model is loaded with."""
     reach = (
-        f"How far the context may reach; it does not size the cache (default: {DEFAULT_CTX}; with policy none, "
-        f"where it does, {DEFAULT_CTX_FULL}; 0 = as the model was trained)."
+        f"How far the context may reach; it does not size the cache (default: {DEFAULT_CTX}; with policy "
+        f"none, where it does, {DEFAULT_CTX_FULL}; 0 = as the model was trained)."
     )
     batch = "Most tokens in one decode (default: the larger of the buffer and 256; with policy none 512)."
     return stack(
@@ -169,7 +169,7 @@ def load_options() -> Callable[[F], F]:
     )
 
 
-def sampling_options() -> Callable[[F], F]:
+def sampling_options() -> Decorator:
     """llama.cpp's samplers and their defaults there."""
     above_0 = click.FloatRange(min=0, min_open=True)
     return stack(
@@ -182,7 +182,7 @@ def sampling_options() -> Callable[[F], F]:
     )
 
 
-def length_option() -> Callable[[F], F]:
+def length_option() -> Decorator:
     """How long an answer may get."""
     text = "Most tokens in an answer; -1 = until the model stops."
     return opt("-n --max-tokens --predict --n-predict", text, int, -1)

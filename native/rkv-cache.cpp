@@ -142,6 +142,11 @@ const std::vector<float> * rkv_cache::rope_table(const layer_t & layer) const {
     return &r.table;
 }
 
+void rkv_cache::attach(llama_context * lctx) {
+    this->lctx = lctx;
+    rkv_set_error("%s", "");
+}
+
 void rkv_cache::clear() {
     for (auto & s : streams) {
         s = stream_t();

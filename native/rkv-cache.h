@@ -44,7 +44,7 @@ public:
     // llama_memory_i
     //
 
-    void attach(llama_context * lctx) { this->lctx = lctx; }
+    void attach(llama_context * lctx); // at the start of each decode
     void clear();
 
     bool seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) const; // false: refused

@@ -122,9 +122,18 @@ bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<
 
 bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
     const int64_t t0 = ggml_time_us();
+
+    // without holes a sequence may lie within the budget again; else every group's rows move towards the front
     bool ok = true;
-    for (size_t i = 0; ok && i < strms.size(); i += JOBS_PER_PASS) {
-        ok = compact_some({ strms.begin() + i, strms.begin() + std::min(i + JOBS_PER_PASS, strms.size()) });
+    std::vector<uint32_t> full;
+    for (const uint32_t s : strms) {
+        ok = ok && close_holes(s);
+        if (used_end(s) > n_budget_max) {
+            full.push_back(s);
+        }
+    }
+    for (size_t i = 0; ok && i < full.size(); i += JOBS_PER_PASS) {
+        ok = compact_some({ full.begin() + i, full.begin() + std::min(i + JOBS_PER_PASS, full.size()) });
     }
     t_us += ggml_time_us() - t0;
     if (!ok) {
@@ -134,12 +143,6 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
 }
 
 bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
-    for (const uint32_t s : strms) {
-        if (!close_holes(s)) {
-            return false;
-        }
-    }
-
     const int64_t n_jobs = strms.size();
 
     ggml_init_params ip = {
@@ -354,11 +357,11 @@ bool rkv_cache::compact_now(llama_seq_id seq_id) {
         return rkv_set_error("sequence %d is empty", seq_id);
     }
     streams[s].old_end = std::min(streams[s].old_end, used_end(s));
-    const bool full = std::any_of(layers.begin(), layers.end(), [&](const layer_t & l) {
-        return groups[l.group].budget < range(l, s).end - range(l, s).begin;
-    });
-    if (!full) {
-        return rkv_set_error("sequence %d holds %d cells, within the budget of every layer", seq_id, seq_used(seq_id));
+    if (!close_holes(s)) {
+        return false;
+    }
+    if (used_end(s) <= n_budget_max) {
+        return rkv_set_error("sequence %d holds %d cells, within the budget", seq_id, seq_used(seq_id));
     }
     return compact({ (uint32_t) s });
 }

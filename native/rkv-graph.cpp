@@ -59,6 +59,9 @@ void rkv_set_inputs(const llama_ubatch * ubatch, llm_graph_input_attn_kv & inp) 
 
     for (size_t g = 1; g < rkv.groups.size(); ++g) {
         const rkv_group_inputs & in = inp.rkv.groups[g];
+        if (!in.k_idxs->buffer) {
+            continue; // no layer of this group has a cache
+        }
         const auto & l = rkv.layers[rkv.groups[g].layer];
         const int64_t off     = rkv.groups[g].off;
         const int64_t n_cells = l.k->ne[1];

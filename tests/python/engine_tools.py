@@ -6,6 +6,7 @@ A second transcription of the header on purpose; test_rules_property.py checks t
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_bool, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ import llama_cpp  # noqa: E402  (prepare() says which library it loads)
 from llama_cpp import _logger  # noqa: E402
 
 _logger.set_verbose(False)  # errors only
+
+# For the default model; 1 is faster on a machine that is busy with other things.
+THREADS = int(os.environ.get("RKV_TEST_THREADS", min(2, os.cpu_count() or 1)))
 
 POLICY = {"none": 0, "rkv": 1, "snapkv": 2, "streaming": 3, "latest": 4}
 GGML_TYPE = {
@@ -262,7 +266,7 @@ class Options:
     flash_attn: bool = False
     type_k: str = "f32"
     type_v: str = "f32"
-    n_threads: int = 2
+    n_threads: int = 1  # enough for the tiny models, and faster
 
 
 class Context:
@@ -298,32 +302,36 @@ class Context:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def try_decode(self, tokens: Sequence[tuple[int, int, int]]) -> int:
-        """llama_decode's status for (token, position, sequence) rows; logits are computed for every row."""
+    def try_decode(self, tokens: Sequence[tuple[int, int, int]], last_only: bool = False) -> int:
+        """llama_decode's status for (token, position, sequence) rows; logits of every row, or of the last."""
         n = len(tokens)
         batch = llama_cpp.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens = n
             for i, (token, pos, seq) in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, pos, 1
+                batch.token[i], batch.pos[i], batch.logits[i] = token, pos, not last_only or i == n - 1
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq
             return int(llama_cpp.llama_decode(self.ctx, batch))
         finally:
             llama_cpp.llama_batch_free(batch)
 
-    def decode(self, tokens: Sequence[tuple[int, int, int]]) -> NDArray[np.float32]:
-        """Logits [n_tokens, n_vocab]."""
-        status = self.try_decode(tokens)
+    def decode(self, tokens: Sequence[tuple[int, int, int]], last_only: bool = False) -> NDArray[np.float32]:
+        """Logits [n_tokens, n_vocab], or [1, n_vocab] of the last."""
+        status = self.try_decode(tokens, last_only)
         if status != 0:
             raise NativeError(f"llama_decode returned {status}: {last_error()}")
         row = llama_cpp.llama_get_logits(self.ctx)
-        return np.ctypeslib.as_array(row, shape=(len(tokens), self.model.n_vocab)).copy()
+        n = 1 if last_only else len(tokens)
+        return np.ctypeslib.as_array(row, shape=(n, self.model.n_vocab)).copy()
 
-    def feed(self, tokens: Sequence[int], seq: int = 0, chunk: int | None = None) -> NDArray[np.float32]:
-        """Append tokens to a sequence in chunks; logits [n_tokens, n_vocab]."""
+    def feed(
+        self, tokens: Sequence[int], seq: int = 0, chunk: int | None = None, last_only: bool = False
+    ) -> NDArray[np.float32]:
+        """Append tokens to a sequence in chunks; logits [n_tokens, n_vocab], or of each chunk's last."""
         chunk, start = chunk or self.options.batch, self.pos_max(seq) + 1
         rows = [(int(t), start + i, seq) for i, t in enumerate(tokens)]
-        return np.concatenate([self.decode(rows[i : i + chunk]) for i in range(0, len(rows), chunk)])
+        parts = [rows[i : i + chunk] for i in range(0, len(rows), chunk)]
+        return np.concatenate([self.decode(part, last_only) for part in parts])
 
     # memory
     def pos_max(self, seq: int = 0) -> int:

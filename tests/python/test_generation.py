@@ -4,37 +4,57 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import reference as ref
-from engine_tools import Context, Model, Options
+from engine_tools import THREADS, Context, Model, Options
 
 TOKENS = np.random.default_rng(0).integers(0, 96, size=400).tolist()
 
 
-def greedy(context: Context, prompts: dict[int, list[int]], n: int) -> dict[int, list[np.ndarray]]:
-    """Logits of n greedy steps of each sequence, all sequences in one batch per step."""
-    rows = {s: context.feed(p, s)[-1] for s, p in prompts.items()}
-    out: dict[int, list[np.ndarray]] = {s: [row] for s, row in rows.items()}
+@dataclass
+class Step:
+    logits: np.ndarray  # [n_vocab]
+    kept: list[np.ndarray]  # positions [n, n_head_kv] of each layer
+
+
+def greedy(context: Context, prompts: dict[int, list[int]], n: int) -> dict[int, list[Step]]:
+    """n greedy steps of each sequence, all sequences in one batch per step."""
+
+    def step(seq: int, logits: np.ndarray) -> Step:
+        return Step(logits, [context.all_positions(layer, seq) for layer in range(context.model.n_layer)])
+
+    out = {s: [step(s, context.feed(p, s)[-1])] for s, p in prompts.items()}
     for _ in range(n - 1):
-        batch = [(int(row[-1].argmax()), context.pos_max(s) + 1, s) for s, row in out.items()]
+        batch = [(int(steps[-1].logits.argmax()), context.pos_max(s) + 1, s) for s, steps in out.items()]
         for s, logits in zip(out, context.decode(batch), strict=True):
-            out[s].append(logits)
+            out[s].append(step(s, logits))
     return out
 
 
-def first_difference_is_a_near_tie(a: Sequence[np.ndarray], b: Sequence[np.ndarray], gap: float) -> bool:
-    """True if both pick the same tokens. At the first other choice the two are closer than `gap` in both."""
-    for x, y in zip(a, b, strict=True):
-        i, j = int(x.argmax()), int(y.argmax())
-        if i != j:
-            assert abs(x[i] - x[j]) < gap and abs(y[i] - y[j]) < gap
-            return False
-    return True
+def same_until_a_near_tie(a: Sequence[Step], b: Sequence[Step], noise: float) -> int:
+    """Steps for which two runs agree: the same tokens, the same kept cells, logits within `noise`.
+
+    Where batching changes the arithmetic they may part: at a token whose runner-up is as close as the noise,
+    or at a compaction where one cell or two at the edge of the selection are exchanged.
+    """
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        differ = any((p != q).any() for p, q in zip(x.kept, y.kept, strict=True))
+        if differ:
+            for p, q in zip(x.kept, y.kept, strict=True):
+                for h in range(p.shape[1]):
+                    assert np.setdiff1d(p[:, h], q[:, h]).size <= 2
+            return i
+        assert np.abs(x.logits - y.logits).max() < noise
+        one, two = int(x.logits.argmax()), int(y.logits.argmax())
+        if one != two:
+            assert max(abs(z.logits[one] - z.logits[two]) for z in (x, y)) < 2 * noise
+            return i
+    return len(a)
 
 
 # --- a budget that is never reached -----------------------------------------------------------------
@@ -59,9 +79,13 @@ def test_unreached_budget_changes_no_bit(tiny: Model, policy: str, flash_attn: b
 
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_unreached_budget_of_another_size_changes_no_bit(tiny: Model, flash_attn: bool) -> None:
-    """The usual case: a large stock context beside few cells."""
+    """The usual case: a large stock context beside few cells, a multiple of 256.
+
+    llama.cpp attends over used cells rounded up to 256; flash attention splits its sums by that number, so
+    that another number of cells gives other roundings there.
+    """
     stock = Options(batch=32, n_ctx=4096, flash_attn=flash_attn)
-    budget = replace(stock, spec=ref.Spec(budget=400), buffer=100)
+    budget = replace(stock, spec=ref.Spec(budget=400), buffer=112)
     with Context(tiny, stock) as a, Context(tiny, budget) as b:
         for chunk in (32, 1):
             np.testing.assert_array_equal(
@@ -80,7 +104,9 @@ def test_unreached_budget_on_two_sequences(tiny: Model) -> None:
 
 def test_unreached_budget_on_the_default_model(smollm2: Model, prose: list[int]) -> None:
     for flash_attn in (False, True):
-        stock = Options(batch=128, n_ctx=512, flash_attn=flash_attn, type_k="f16", type_v="f16")
+        stock = Options(
+            batch=128, n_ctx=512, flash_attn=flash_attn, type_k="f16", type_v="f16", n_threads=THREADS
+        )
         budget = replace(stock, spec=ref.Spec(budget=384), buffer=128)
         with Context(smollm2, stock) as a, Context(smollm2, budget) as b:
             np.testing.assert_array_equal(a.feed(prose[:192]), b.feed(prose[:192]))
@@ -99,7 +125,16 @@ def resident_mib() -> float:
 def test_8000_tokens_in_1024_cells(smollm2: Model, prose: list[int]) -> None:
     """Allocation and memory do not grow, the decode graph is reused, positions stay right."""
     spec = ref.Spec(budget=1024)
-    options = Options(spec, buffer=128, batch=128, n_ctx=32768, flash_attn=True, type_k="f16", type_v="f16")
+    options = Options(
+        spec,
+        buffer=128,
+        batch=128,
+        n_ctx=32768,
+        flash_attn=True,
+        type_k="f16",
+        type_v="f16",
+        n_threads=THREADS,
+    )
     total, rng = 8200, np.random.default_rng(0)
     with Context(smollm2, options) as context:
         row = context.feed(prose[:300])[-1]
@@ -167,29 +202,27 @@ def test_sequences_at_once_equal_one_at_a_time(tiny: Model, policy: str, flash_a
     prompts = {0: TOKENS[:5], 1: TOKENS[50:83], 2: TOKENS[100:190]}
     with Context(tiny, together) as context:
         at_once = greedy(context, prompts, 150)
-        used = [context.used(s) for s in range(3)]
-        kept = [context.all_positions(1, s) for s in range(3)]
-    same = 0
+    # measured without a budget: logits differ by 6e-6, with flash attention (float16 inside) by 3e-3
+    noise, agreed = 2e-2 if flash_attn else 5e-5, 0
     for s, prompt in prompts.items():
         with Context(tiny, replace(together, n_seq=1)) as context:
-            alone = greedy(context, {0: prompt}, 150)[0]
-            if first_difference_is_a_near_tie(at_once[s], alone, 2e-3 if not flash_attn else 5e-2):
-                same += 1
-                assert context.used() == used[s]
-                assert (context.all_positions(1) == kept[s]).mean() > 0.95
-    assert same >= 2
+            agreed += same_until_a_near_tie(at_once[s], greedy(context, {0: prompt}, 150)[0], noise)
+    assert agreed >= (150 if flash_attn else 400)
 
 
 def test_sequences_at_once_on_the_default_model(smollm2: Model, prose: list[int]) -> None:
     spec = ref.Spec(budget=96)
-    together = Options(spec, buffer=32, batch=64, n_seq=2, n_ctx=1024, type_k="f16", type_v="f16")
+    together = Options(
+        spec, buffer=32, batch=64, n_seq=2, n_ctx=1024, type_k="f16", type_v="f16", n_threads=THREADS
+    )
     prompts = {0: prose[:40], 1: prose[500:650]}
     with Context(smollm2, together) as context:
-        at_once = greedy(context, prompts, 70)
+        at_once = greedy(context, prompts, 50)
         assert context.stats.compactions >= 3
     for s, prompt in prompts.items():
         with Context(smollm2, replace(together, n_seq=1)) as context:
-            first_difference_is_a_near_tie(at_once[s], greedy(context, {0: prompt}, 70)[0], 0.2)
+            alone = greedy(context, {0: prompt}, 50)[0]
+        assert same_until_a_near_tie(at_once[s], alone, 0.1) > 5
 
 
 def test_prompt_longer_than_the_cells_is_compacted_while_it_is_read(tiny: Model) -> None:

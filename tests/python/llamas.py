@@ -1,7 +1,11 @@
-"""Llamas on the default model, and what tests ask of them; a plugin of the test files that use them."""
+"""Llamas on the default model, and what tests ask of them; a plugin of the test files that use them.
+
+PYTEST_DONT_REWRITE: there is nothing to rewrite, and the test files import it before pytest does.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,11 @@ import pytest
 from rkv_local import KVBudget, Llama
 
 SMALL = KVBudget(budget=96, buffer=32, batch=64)  # compacts every few tokens of a test
+THREADS = int(os.environ.get("RKV_TEST_THREADS", "2"))  # 1 where others use the machine too
 N_LAYER, N_HEAD_KV = 30, 3
 TEXT = "The history of the lighthouse keepers. " + " ".join(
     f"In {1700 + i} the keeper of tower {i} saw {i * 7 % 100} ships, and the lamp burned {i % 9} nights."
-    for i in range(40)
+    for i in range(18)
 )
 
 MakeLlama = Callable[..., Llama]
@@ -26,7 +31,8 @@ def make(smollm2_path: Path) -> Iterator[MakeLlama]:
     made: list[Llama] = []
 
     def build(**arguments: Any) -> Llama:
-        llama = Llama(smollm2_path, **{"n_threads": 2, "n_threads_batch": 2, "verbose": False, **arguments})
+        common = {"n_threads": THREADS, "n_threads_batch": THREADS, "verbose": False}
+        llama = Llama(smollm2_path, **{**common, **arguments})
         made.append(llama)
         return llama
 

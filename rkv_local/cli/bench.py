@@ -41,7 +41,7 @@ class Depths(click.ParamType):
 @opt("-d --depth", "Tokens before the measured ones.", Depths(), "0,2048,6144", "N,N,...")
 @opt("-n --n-gen", "Tokens in a stretch, rounded up to a multiple of --kv-buffer.", AT_LEAST_1, 128)
 @opt("-r --repetitions", "Stretches of each kind, in turns.", AT_LEAST_1, 5)
-@opt("-np --parallel", "Sequences at once.", AT_LEAST_1, 1)
+@opt("-np --parallel", "Sequences at once.", click.IntRange(1, 256), 1)
 @cache_options()
 @context_options(
     opt("-fa --fa --flash-attn", "Settings to measure.", click.Choice(("on", "off", "both")), "both", None)

@@ -6,19 +6,21 @@ import atexit
 import functools
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click.testing
 
-from make_random_model import make_random_model
 from rkv_local.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+make_random_model: Any = runpy.run_path(str(ROOT / "scripts" / "make_random_model.py"))["make_random_model"]
 COMMAND = [sys.executable, "-m", "rkv_local.cli"]
 
 
@@ -40,21 +42,15 @@ def model_folder() -> Path:
 @functools.cache
 def talker() -> Path:
     """A random model that speaks SmolLM2's vocabulary and template: fast, and never at a loss for words."""
-    return make_random_model(
-        model_folder() / "talker.gguf",
-        tokenizer=default_model(),
-        type="q4_0",
-        layers=2,
-        heads=2,
-        kv_heads=1,
-        ff=64,
-    )
+    file = model_folder() / "talker.gguf"
+    shape = {"layers": 2, "heads": 2, "kv_heads": 1, "ff": 64, "type": "q4_0"}
+    return Path(make_random_model(file, tokenizer=default_model(), **shape))
 
 
 @functools.cache
 def mute() -> Path:
     """A random model without a vocabulary."""
-    return make_random_model(model_folder() / "mute.gguf")
+    return Path(make_random_model(model_folder() / "mute.gguf"))
 
 
 def invoke(*args: str, stdin: str | bytes | None = None) -> click.testing.Result:
@@ -80,7 +76,7 @@ def environment(**more: str) -> dict[str, str]:
 def start(*args: str, **options: object) -> subprocess.Popen[bytes]:
     """The command in a process of its own, with pipes."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([*COMMAND, *one_thread(args)], env=environment(), **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen([*COMMAND, *one_thread(args)], env=environment(), **pipes)  # type: ignore[call-overload]
 
 
 def shell(*args: str, stdin: bytes = b"", timeout: float = 120) -> subprocess.CompletedProcess[bytes]:

@@ -4,69 +4,115 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import struct
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cli_tools import COMMAND, environment, talker
-
-if os.name == "nt":
+if sys.platform == "win32":
     pytest.skip("Windows has no pseudo-terminals", allow_module_level=True)
-import pexpect
+import fcntl
+import pty
+import termios
+
+from cli_tools import COMMAND, environment, talker
 
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 # prompt_toolkit writes no blank after a prompt but moves the cursor, and shows the cursor when it is ready
 READY, MORE = (prompt + r"[^\n]*\x1b\[\?25h" for prompt in (">>>", r"\.\.\."))
+PATIENCE = 60.0  # seconds; a busy machine may need some
 
 
 class Terminal:
-    """A chat in a pseudo-terminal of 100 columns."""
+    """A command on a pseudo-terminal of 40 lines and 100 columns."""
 
-    def __init__(self, state: Path, *args: str) -> None:
-        small = ["--kv-budget", "64", "--kv-buffer", "32", "-b", "32", "-t", "1"]
-        self.child: Any = pexpect.spawn(
-            COMMAND[0],
-            [*COMMAND[1:], "chat", str(talker()), *small, *args],
-            env=environment(XDG_STATE_HOME=str(state), PROMPT_TOOLKIT_NO_CPR="1"),
-            dimensions=(40, 100),
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=40,
+    def __init__(self, command: Sequence[str], **variables: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment(PROMPT_TOOLKIT_NO_CPR="1", **variables),
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
-        self.child.delaybeforesend = 0.02
-        self.ready()
+        os.close(slave)
+        self.unread = ""
 
-    def ready(self) -> str:
-        """Wait for a prompt; what came before it."""
-        self.child.expect(READY)
-        return plain(self.child.before)
+    def read(self, seconds: float) -> bool:
+        """Take in what comes within some time; False if nothing did, or the other side is closed."""
+        if not select.select([self.master], [], [], seconds)[0]:
+            return False
+        try:
+            data = os.read(self.master, 65536)
+        except OSError:  # Linux says so when the last process has gone
+            return False
+        self.unread += data.decode("utf-8", errors="replace")
+        return bool(data)
+
+    def expect(self, pattern: str) -> str:
+        """Wait for a pattern; what came before it, as plain text."""
+        end = time.monotonic() + PATIENCE
+        while not (match := re.search(pattern, self.unread)):
+            assert time.monotonic() < end, f"{pattern!r} did not come: {self.unread!r}"
+            if not self.read(1) and self.process.poll() is not None and not self.read(0):
+                raise AssertionError(f"it ended with {self.process.returncode}: {self.unread!r}")
+        before, self.unread = self.unread[: match.start()], self.unread[match.end() :]
+        return plain(before)
+
+    def send(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self.master, keys.encode())
+
+    def settle(self, seconds: float = 0.3) -> str:
+        """Take in what the editor draws until it is still; all of it, as plain text."""
+        while self.read(seconds):
+            pass
+        shown, self.unread = self.unread, ""
+        return plain(shown)
 
     def say(self, text: str) -> str:
         """Type a line and return all that comes up to the next prompt."""
-        self.child.send(text)
+        self.send(text)
         self.settle()
-        self.child.send("\r")
-        return self.ready()
-
-    def settle(self, seconds: float = 0.3) -> str:
-        """Read what the editor draws until it is still."""
-        seen = ""
-        while True:
-            try:
-                seen += self.child.read_nonblocking(4096, timeout=seconds)
-            except pexpect.TIMEOUT:
-                return plain(seen)
+        self.send("\r")
+        return self.expect(READY)
 
     def leave(self) -> int:
         """Wait for the end; the exit code."""
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        assert self.child.signalstatus is None
-        return int(self.child.exitstatus)
+        end = time.monotonic() + PATIENCE
+        while self.read(1) or (self.process.poll() is None and time.monotonic() < end):
+            pass
+        return self.process.wait(1)
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def start_chat(state: Path, *args: str) -> Terminal:
+    """A chat with a small budget that keeps its history under `state`, at its first prompt."""
+    small = ("--kv-budget", "64", "--kv-buffer", "32", "-b", "32", "-t", "1")
+    terminal = Terminal([*COMMAND, "chat", str(talker()), *small, *args], XDG_STATE_HOME=str(state))
+    terminal.expect(READY)
+    return terminal
+
+
+def python(code: str) -> tuple[int, str]:
+    """Run Python code on a terminal: exit code, what it wrote."""
+    terminal = Terminal([sys.executable, "-c", code])
+    code_, shown = terminal.leave(), terminal.unread
+    terminal.close()
+    return code_, shown
 
 
 def plain(text: str) -> str:
@@ -81,9 +127,9 @@ def state(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def chat(state: Path) -> Iterator[Terminal]:
-    terminal = Terminal(state, "-n", "12", "--seed", "7")
+    terminal = start_chat(state, "-n", "12", "--seed", "7")
     yield terminal
-    terminal.child.close(force=True)
+    terminal.close()
 
 
 def test_typing_commands_and_ctrl_d(chat: Terminal) -> None:
@@ -102,76 +148,76 @@ def test_typing_commands_and_ctrl_d(chat: Terminal) -> None:
     assert re.search(r"turns +1\b", chat.say("/stats"))
     chat.say("/clear")
     assert re.search(r"turns +0\b", chat.say("/stats"))
-    chat.child.send(CTRL_D)
+    chat.send(CTRL_D)
     assert chat.leave() == 0
 
 
 def test_several_lines_and_bye(chat: Terminal) -> None:
-    chat.child.send('"""first line\r')
-    chat.child.expect(MORE)
+    chat.send('"""first line\r')
+    chat.expect(MORE)
     chat.settle()
-    chat.child.send("second line\r")
-    chat.child.expect(MORE)
+    chat.send("second line\r")
+    chat.expect(MORE)
     chat.settle()
-    chat.child.send('third line"""\r')
-    assert "generated 12 tokens" in chat.ready()
+    chat.send('third line"""\r')
+    assert "generated 12 tokens" in chat.expect(READY)
     assert re.search(r"turns +1\b", chat.say("/stats"))
     chat.settle()
-    chat.child.send("/bye\r")
+    chat.send("/bye\r")
     assert chat.leave() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat: Terminal) -> None:
     chat.say("/set max-tokens -1")
     chat.say("/set temp 5")
-    chat.child.send("talk for ever\r")
+    chat.send("talk for ever\r")
     time.sleep(1.5)
-    chat.child.send(CTRL_C)
-    shown = chat.ready()
+    chat.send(CTRL_C)
+    shown = chat.expect(READY)
     assert "generated" in shown and "Traceback" not in shown
     assert re.search(r"turns +1\b", chat.say("/stats"))
     chat.say("/set max-tokens 4")
     assert "generated 4 tokens" in chat.say("again")
-    chat.child.send(CTRL_D)
+    chat.send(CTRL_D)
     assert chat.leave() == 0
 
 
 def test_ctrl_c_at_the_prompt_and_while_typing(chat: Terminal) -> None:
     chat.settle()
-    chat.child.send(CTRL_C)
-    assert "Ctrl-D or /bye leaves" in chat.ready()
-    chat.child.send("half a messa")
+    chat.send(CTRL_C)
+    assert "Ctrl-D or /bye leaves" in chat.expect(READY)
+    chat.send("half a messa")
     chat.settle()
-    chat.child.send(CTRL_C)
-    chat.ready()
+    chat.send(CTRL_C)
+    chat.expect(READY)
     assert re.search(r"turns +0\b", chat.say("/stats"))
-    chat.child.send(CTRL_D)
+    chat.send(CTRL_D)
     assert chat.leave() == 0
 
 
 def test_lines_are_remembered_between_sessions(state: Path) -> None:
-    first = Terminal(state, "-n", "2")
+    first = start_chat(state, "-n", "2")
     first.say("something to remember")
-    first.child.send(CTRL_D)
+    first.send(CTRL_D)
     assert first.leave() == 0
     history = state / "rkv-local" / "history"
     assert "something to remember" in history.read_text(encoding="utf-8")
     assert history.stat().st_mode & 0o077 == 0
-    second = Terminal(state, "-n", "2")
+    second = start_chat(state, "-n", "2")
     second.settle()
-    second.child.send(UP)
+    second.send(UP)
     assert "something to remember" in second.settle(0.5)
-    second.child.send("\r")
-    assert "generated" in second.ready()
-    second.child.send(CTRL_D)
+    second.send("\r")
+    assert "generated" in second.expect(READY)
+    second.send(CTRL_D)
     assert second.leave() == 0
 
 
 def test_state_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a folder")
-    terminal = Terminal(tmp_path / "state", "-n", "2")
+    terminal = start_chat(tmp_path / "state", "-n", "2")
     assert "generated 2 tokens" in terminal.say("hello")
-    terminal.child.send(CTRL_D)
+    terminal.send(CTRL_D)
     assert terminal.leave() == 0
 
 
@@ -182,10 +228,8 @@ def test_thinking_is_dim_on_a_terminal_and_tagged_in_a_pipe() -> None:
         "[w.write(k, t) for k, t in (('thinking', 'hm'), ('thinking', ' so'), ('text', 'four'))]\n"
         "w.finish()\n"
     )
-    shown, _ = pexpect.run(f'{sys.executable} -c "{code}"', env=environment(), withexitstatus=True)
-    assert shown.decode().replace("\r", "") == "\x1b[2mhm so\x1b[0m\n\nfour\n"
-    import subprocess
-
+    _, shown = python(code)
+    assert shown.replace("\r", "") == "\x1b[2mhm so\x1b[0m\n\nfour\n"
     piped = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, check=True)
     assert piped.stdout.decode() == "<think>\nhm so\n</think>\n\nfour\n"
     code = code.replace("AnswerWriter()", "AnswerWriter(thinking=False)")
@@ -199,8 +243,8 @@ def test_progress_is_drawn_on_a_terminal_and_wiped(state: Path) -> None:
         "with progress('reading', lambda: (0.5, '5/10 tokens')):\n time.sleep(0.9)\n"
         "print('done')\n"
     )
-    shown, status = pexpect.run(f'{sys.executable} -c "{code}"', env=environment(), withexitstatus=True)
+    status, shown = python(code)
     assert status == 0
-    text = shown.decode()
+    text = shown
     assert "5/10 tokens" in text and "50%" in text and "#" * 10 in text
     assert text.replace("\r\n", "").endswith("\r\x1b[Kdone")

@@ -293,7 +293,7 @@ def build_environment() -> dict[str, str]:
     ccache = {
         "CCACHE_BASEDIR": str(ROOT),
         "CCACHE_NOHASHDIR": "1",
-        "CCACHE_SLOPPINESS": "time_macros,include_file_mtime,include_file_ctime",
+        "CCACHE_SLOPPINESS": "time_macros,include_file_mtime,include_file_ctime,locale",
     }
     env.update({name: value for name, value in ccache.items() if name not in os.environ})
     return env

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 export CCACHE_BASEDIR="${CCACHE_BASEDIR:-$PWD}" CCACHE_NOHASHDIR=1
-export CCACHE_SLOPPINESS=time_macros,include_file_mtime,include_file_ctime
+export CCACHE_SLOPPINESS=time_macros,include_file_mtime,include_file_ctime,locale
 cmake -G Ninja -S . -B build/dev -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v python3)" "$@"
 cmake --build build/dev --target rkv rkv-tests
 cmake --install build/dev --prefix build/dev/install > /dev/null

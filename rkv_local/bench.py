@@ -56,6 +56,11 @@ class Plan:
         """Cells in use on average between two compactions, 0 without a budget."""
         return self.kv.budget + self.kv.buffer // 2 if self.kv else 0
 
+    @property
+    def mean_start(self) -> int:
+        """Where a full cache starts a stretch that has the mean depth in its middle."""
+        return max(0, self.mean_depth - self.n // 2)
+
     def whole_periods(self) -> Plan:
         """The same with n rounded up to whole compaction periods."""
         if self.kv is None or self.n % self.kv.buffer == 0:
@@ -240,19 +245,19 @@ def bench(plan: Plan, report: Callable[[str], None] = lambda text: None) -> list
     try:
         deepest = max(plan.depths)
         longest = deepest + plan.n * plan.repetitions + 1
-        tokens = trace(model, max(longest, plan.mean_depth + plan.n), plan.seed)
+        tokens = trace(model, max(longest, plan.mean_start + plan.n), plan.seed)
         warm_up(model, plan, tokens)
         means: list[Arm] = []
         for flash_attn in plan.flash_attn:
             arms.append(Arm(model, plan, None, flash_attn, deepest + plan.n, tokens))
             if plan.kv:
                 arms.append(Arm(model, plan, plan.kv, flash_attn, longest, tokens))
-                means.append(Arm(model, plan, None, flash_attn, plan.mean_depth + plan.n, tokens))
+                means.append(Arm(model, plan, None, flash_attn, plan.mean_start + plan.n, tokens))
         depth_arms, rows = list(arms), []
         arms += means
         for depth in sorted(set(plan.depths)):
             # the mean depth says something about depths that lie in the steady state; once is enough
-            extra = means if depth == deepest and plan.kv and depth >= plan.kv.budget + plan.kv.buffer else []
+            extra = means if depth == deepest and all(steady(arm, depth) for arm in depth_arms) else []
             rows += at_depth(plan, depth, depth_arms, extra, report)
         return rows
     finally:
@@ -265,23 +270,22 @@ def at_depth(
     plan: Plan, depth: int, arms: Sequence[Arm], means: Sequence[Arm], report: Callable[[str], None]
 ) -> list[Row]:
     """All repetitions of all arms at one depth."""
-    goals = [(arm, depth) for arm in arms] + [(arm, plan.mean_depth) for arm in means]
+    goals = [(arm, depth, depth) for arm in arms] + [(arm, plan.mean_depth, plan.mean_start) for arm in means]
     rows = [
-        Row(arm.name, arm.flash_attn, goal, plan.parallel, arm.cells, arm.kv_bytes, plan.n * plan.parallel)
-        for arm, goal in goals
+        Row(arm.name, arm.flash_attn, shown, plan.parallel, arm.cells, arm.kv_bytes, plan.n * plan.parallel)
+        for arm, shown, _ in goals
     ]
-    for arm, goal in goals:
-        report(f"reading to depth {goal} ({label(arm)})")
-        # a budget's stretches continue one another, but a first one must not start beyond its depth
-        arm.at(goal)
+    for arm, _, start in goals:
+        report(f"reading to depth {start} ({label(arm)})")
+        arm.at(start)
     for repetition in range(plan.repetitions):
         order = list(range(len(goals)))
         order = order[repetition % len(order) :] + order[: repetition % len(order)]
         for i in order:
-            arm, goal = goals[i]
-            if not (arm.kv and steady(arm.kv, goal)):
-                arm.at(goal)
-            report(f"depth {goal}, repetition {repetition + 1}/{plan.repetitions} ({label(arm)})")
+            arm, shown, start = goals[i]
+            if not (arm.kv and steady(arm, start)):
+                arm.at(start)
+            report(f"depth {shown}, repetition {repetition + 1}/{plan.repetitions} ({label(arm)})")
             count, spent = arm.compactions()
             seconds = arm.stretch(plan.n)
             rows[i].samples.append(rows[i].tokens / seconds)
@@ -295,9 +299,9 @@ def at_depth(
     return rows
 
 
-def steady(kv: KVBudget, depth: int) -> bool:
-    """True if a sequence of that depth has been compacted: more tokens don't change how full it is."""
-    return depth >= kv.budget + kv.buffer
+def steady(arm: Arm, depth: int) -> bool:
+    """True unless there is a budget that a sequence of that depth has not reached yet."""
+    return arm.kv is None or depth >= arm.cells
 
 
 def paired_ratio(row: Row, other: Row) -> float:

@@ -132,14 +132,12 @@ def summary(plan: Plan, rows: list[Row]) -> list[dict[str, Any]]:
 
     Quotients are medians over the repetitions. Empty where no depth lies in the steady state.
     """
-    from rkv_local.bench import paired_ratio, steady
+    from rkv_local.bench import paired_ratio
 
-    kv, found = plan.kv, []
-    if kv is None:
-        return []
+    found = []
     means = {r.flash_attn: r for r in rows if r.cache == "full" and r.depth == plan.mean_depth}
     for row in rows:
-        if row.cache == "full" or not steady(kv, row.depth):
+        if row.cache == "full" or row.depth < row.cells:
             continue
         full = max(
             (r for r in rows if r.cache == "full" and r.depth == row.depth), key=lambda r: r.tokens_per_second

@@ -59,12 +59,15 @@ class Session:
         self._pos = np.ctypeslib.as_array(raw.pos, shape=(self._width,))
         self._output = np.ctypeslib.as_array(raw.logits, shape=(self._width,))
         np.ctypeslib.as_array(raw.n_seq_id, shape=(self._width,))[:] = 1
-        self._next = [0] * self.n_seq_max
         self.clear()
+
+    @property
+    def _memory(self) -> Any:
+        return self.llama._ctx.memory
 
     def pos(self, seq: int = 0) -> int:
         """The position that the sequence's next token gets."""
-        return self._next[self._check(seq)]
+        return int(low.llama_memory_seq_pos_max(self._memory, self._check(seq))) + 1
 
     def used(self, seq: int = 0) -> int:
         """Cells in use in the widest layer."""
@@ -92,11 +95,12 @@ class Session:
             raise ValueError(f"logits is {logits!r}, must be last, all or none")
         self._open()
         left = {self._check(seq): list(part) for seq, part in tokens.items() if len(part)}
+        n_ctx = self.llama.n_ctx()
         for seq, part in left.items():
-            if self._next[seq] + len(part) > self.llama.n_ctx():
+            end = self.pos(seq) + len(part)
+            if end > n_ctx:
                 raise RKVError(
-                    f"the context is full: sequence {seq} would have {self._next[seq] + len(part)} tokens, "
-                    f"n_ctx is {self.llama.n_ctx()}"
+                    f"the context is full: sequence {seq} would have {end} tokens, n_ctx is {n_ctx}"
                 )
         rows: dict[int, list[Logits]] = {seq: [] for seq in left}
         while left:
@@ -112,7 +116,6 @@ class Session:
             self._batch.batch.n_tokens = n
             decode(self.llama.ctx, self._batch.batch)
             for seq, start, count in taken:
-                self._next[seq] += count
                 del left[seq][:count]
                 if logits == "all":
                     rows[seq] += [self._row(start + i) for i in range(count)]
@@ -129,27 +132,18 @@ class Session:
         self._open()
         if seq is None:
             self.llama.forget()
-            self._next = [0] * self.n_seq_max
-        elif self.remove(seq, 0):
-            self._next[seq] = 0
-        else:
+        elif not self.remove(seq, 0):
             raise RKVError(_native.last_error() or f"sequence {seq} could not be cleared")
 
     def remove(self, seq: int, p0: int, p1: int = -1) -> bool:
         """Remove positions [p0, p1), to the end if p1 is -1. False: refused, since it would not be exact."""
         self._open()
-        memory = self.llama._ctx.memory
-        removed = bool(low.llama_memory_seq_rm(memory, self._check(seq), p0, p1))
-        if removed:
-            self._next[seq] = int(low.llama_memory_seq_pos_max(memory, seq)) + 1
-        return removed
+        return bool(low.llama_memory_seq_rm(self._memory, self._check(seq), p0, p1))
 
     def copy(self, src: int, dst: int) -> None:
         """Make dst a copy of src, with all that it remembers."""
         self._open()
-        memory = self.llama._ctx.memory
-        low.llama_memory_seq_cp(memory, self._check(src), self._check(dst), -1, -1)
-        self._next[dst] = int(low.llama_memory_seq_pos_max(memory, dst)) + 1
+        low.llama_memory_seq_cp(self._memory, self._check(src), self._check(dst), -1, -1)
 
     def compact(self, seq: int = 0) -> bool:
         """Compact now, whatever the fill. False if there was nothing to evict."""
@@ -163,7 +157,7 @@ class Session:
     def _put(self, n: int, seq: int, part: list[int], every: bool, last: bool) -> None:
         rows, count = slice(n, n + len(part)), len(part)
         self._token[rows] = part
-        self._pos[rows] = np.arange(self._next[seq], self._next[seq] + count)
+        self._pos[rows] = np.arange(count) + self.pos(seq)
         self._output[rows] = every
         if last:
             self._output[n + count - 1] = True

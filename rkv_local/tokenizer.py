@@ -35,16 +35,29 @@ class _Pieces(dict[int, bytes]):
 
 
 class PieceTokenizer(LlamaTokenizer):
-    """LlamaTokenizer with every token's text remembered."""
+    """LlamaTokenizer that remembers the text of every token, and of the last long list of them."""
+
+    _LONG = 64
 
     def __init__(self, llama: Any) -> None:
         super().__init__(llama)
         self._bos = llama.token_bos()
         self._pieces = {special: _Pieces(self._model.vocab, special) for special in (False, True)}
+        self._last: dict[bool, tuple[list[int], bytes]] = {False: ([], b""), True: ([], b"")}
 
     def detokenize(
         self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
     ) -> bytes:
         """The text of tokens; a space after a leading BOS token is dropped, as LlamaTokenizer does."""
-        text = b"".join(map(self._pieces[special].__getitem__, tokens))
-        return text[1:] if len(tokens) > 0 and tokens[0] == self._bos and text[:1] == b" " else text
+        tokens = list(tokens)
+        piece = self._pieces[special].__getitem__
+        if len(tokens) < self._LONG:
+            text = b"".join(map(piece, tokens))
+        else:
+            # A trace that grows from call to call: only its new tokens are looked up.
+            known, text = self._last[special]
+            if tokens[: len(known)] != known:
+                known, text = [], b""
+            text += b"".join(map(piece, tokens[len(known) :]))
+            self._last[special] = (tokens, text)
+        return text[1:] if tokens and tokens[0] == self._bos and text[:1] == b" " else text

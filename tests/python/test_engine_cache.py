@@ -411,6 +411,10 @@ def test_text_of_tokens_equals_llama_cpps(llama: Llama) -> None:
     for special in (False, True):
         assert llama.detokenize(tokens, special=special) == theirs.detokenize(tokens, special=special)
     assert llama.detokenize([]) == b""
+    trace = llama.tokenize(TEXT.encode())
+    changed = [*trace[:100], *trace[150:300]]
+    for part in (trace[:70], trace[:71], trace[:200], trace[:150], changed, trace, trace[:70]):
+        assert llama.detokenize(part) == theirs.detokenize(part)  # also where it remembers the last one
     for token in (-1, llama.n_vocab()):
         with pytest.raises(ValueError, match=f"token is {token}, must be from 0 to 49151"):
             llama.detokenize([token])

@@ -119,6 +119,8 @@ def explain(output: list[str]) -> str:
     network = r"NewConnectionError|failure in name|Max retries|timed out|No matching distribution|SSLError"
     if re.search(network, text):
         return "no network, or no package index reachable: pip could not download what is needed"
+    if "No module named pip" in text:
+        return "this Python has no pip: install it (Debian: apt install python3-pip)"
     if "No space left on device" in text:
         return "no space left on the disk"
     last = [line.strip() for line in output if line.strip()]

@@ -351,6 +351,24 @@ def test_bootstrap_explains_failures(monkeypatch: pytest.MonkeyPatch, output: li
     assert bootstrap.explain(output).startswith(line)
 
 
+def test_bootstrap_shows_progress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import bootstrap
+
+    lines = [f"[{n}/200] Building CXX object x.o" for n in range(1, 201)]
+    code = f"print({chr(10).join(lines)!r}); raise SystemExit(3)"
+    with pytest.raises(bootstrap.SetupError):
+        bootstrap.step("building", [sys.executable, "-c", code])
+    shown = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("building: compiling 50% (100 of 200)") for line in shown)
+    assert shown[-1].startswith("building: failed")
+    assert len(shown) <= 13  # every tenth percent where there is no terminal
+    assert bootstrap.describe("Progress 1048576 of 4194304\n") == "downloading 25% of 4 MiB"
+    assert (
+        bootstrap.describe("  Downloading a_b-1.2-py3-none-any.whl (3 kB)\n") == "downloading a_b-1.2, 3 kB"
+    )
+
+
 # --- the libraries at import -----------------------------------------------------------------------------
 
 

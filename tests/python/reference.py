@@ -100,11 +100,10 @@ def redundancy(k: Floats, spec: Spec) -> Floats:
         np.fill_diagonal(c, 0.0)
         similar = c > spec.threshold
         most_recent = n - 1 - similar[:, ::-1].argmax(axis=1)  # p(i): the largest j with c[i, j] > T
-        for i in range(n):
-            if similar[i].any():
-                c[i, most_recent[i]] = 0.0
-            elif spec.reference:
-                c[i, 0] = 0.0
+        hit = similar.any(axis=1)
+        c[hit, most_recent[hit]] = 0.0
+        if spec.reference:
+            c[~hit, 0] = 0.0
         out[h] = softmax(c.mean(axis=0))
     return out
 
@@ -230,7 +229,8 @@ def latest_update(k: Floats, pos: Ints, aux: Floats, n_old: int, rope: Rope) -> 
         u = unit(unrotate(k[:, h], pos[:, h], rope, np.float32))  # the angles that ggml turned them by
         s = np.where(later_and_new, u @ u.T, MISSING)
         seen = np.concatenate([aux[:, :, h].T, s], axis=1)
-        out[:, :, h] = -np.sort(-seen, axis=1)[:, :n_sim].T
+        highest = -np.partition(-seen, n_sim - 1, axis=1)[:, :n_sim]
+        out[:, :, h] = -np.sort(-highest, axis=1).T
     return out
 
 

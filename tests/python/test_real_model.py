@@ -63,16 +63,19 @@ def test_kept_sets_of_real_keys(
 def test_first_compaction_in_reference_mode(smollm2: Model, prose: list[int]) -> None:
     """The authors' column-0 behaviour, with nothing pinned, at a size of theirs."""
     tally = ref.Tally()
-    kept_first = {}
+    kept = {}
     for reference in (True, False):
-        spec = ref.Spec(budget=256, pin=0, reference=reference)
+        # at 0.5 every key of this model has a copy, and the mode would change nothing
+        spec = ref.Spec(budget=256, pin=0, threshold=0.95, reference=reference)
         options = Options(spec, 128, 128, n_ctx=2048, n_threads=THREADS, type_k="f16", type_v="f16")
         with Context(smollm2, options) as context:
             context.feed(prose[:384], last_only=True)
             compact_and_check(context, ROPE, [0] * 30, tally=tally)
-            kept_first[reference] = [context.positions(il, h)[0] == 0 for il in range(30) for h in range(3)]
+            kept[reference] = [context.positions(il, h).tolist() for il in range(30) for h in range(3)]
     assert tally.near_ties <= 6
-    assert sum(kept_first[True]) > sum(kept_first[False])  # the accident that protects the first token
+    assert kept[True] != kept[False]
+    # the accident protects the first token
+    assert sum(0 in rows for rows in kept[True]) >= sum(0 in rows for rows in kept[False])
 
 
 def test_uneven_budgets_on_the_default_model(smollm2: Model, prose: list[int]) -> None:
@@ -92,7 +95,7 @@ def test_uneven_budgets_on_the_default_model(smollm2: Model, prose: list[int]) -
 
 def test_divergence_from_the_full_cache_is_small(smollm2: Model, prose: list[int]) -> None:
     """Teacher-forced KL on prose at B = 256: design section 6 found 0.18 to 0.6 nats per token there."""
-    n = 1000
+    n, warm = 600, 400
     stock = Options(batch=64, n_ctx=2048, n_threads=THREADS, flash_attn=True, type_k="f16", type_v="f16")
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -108,10 +111,12 @@ def test_divergence_from_the_full_cache_is_small(smollm2: Model, prose: list[int
     contexts = [Context(smollm2, o) for o in (stock, *options)]
     sums = [0.0, 0.0]
     try:
-        for start in range(0, n, 50):
+        for context in contexts:
+            context.feed(prose[:warm], last_only=True)
+        for start in range(warm, n, 50):
             logits = [context.feed(prose[start : start + 50]) for context in contexts]
-            if start >= 500:
-                sums = [s + divergence(logits[0], x) / 10 for s, x in zip(sums, logits[1:], strict=True)]
+            share = 50 / (n - warm)
+            sums = [s + share * divergence(logits[0], x) for s, x in zip(sums, logits[1:], strict=True)]
     finally:
         for context in contexts:
             context.close()

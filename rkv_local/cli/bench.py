@@ -194,7 +194,7 @@ def markdown(result: dict[str, Any]) -> str:
             ]
         )
     lines = [
-        f"{result['model']}: {p['n']} tokens x {p['repetitions']}, {p['threads']} threads, "
+        f"{result['model']}: {p['n']} tokens x {p['repetitions']}, {ui.plural(p['threads'], 'thread')}, "
         f"cache {p['type_k']}/{p['type_v']}"
         + (
             f", {p['policy']} budget {p['budget']} + buffer {p['buffer']} (batch {p['batch']})"
@@ -213,9 +213,9 @@ def markdown(result: dict[str, Any]) -> str:
         )
         if s["ratio_to_full_at_mean_depth"] is not None:
             text += f", {s['ratio_to_full_at_mean_depth']:.1%} of the full cache at depth {p['mean_depth']}"
-        lines.append(f"{text}; compactions {s['compaction_share']:.2%} of the time")
+        lines.append(f"- {text}; compactions {s['compaction_share']:.2%} of the time")
     if result["peak_rss_bytes"]:
-        lines.append(f"peak memory of the process {result['peak_rss_bytes'] / ui.MIB:,.0f} MiB")
+        lines.append(f"- peak memory of the process {result['peak_rss_bytes'] / ui.MIB:,.0f} MiB")
     return "\n".join(lines)
 
 

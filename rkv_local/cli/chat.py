@@ -42,10 +42,10 @@ def chat(name: str | None, **values: Any) -> None:
     check_text(system, "the system prompt")
     options = load_of(values, resolve(name or values["model"]))
 
-    from rkv_local.cli.session import Session
+    from rkv_local.cli.session import Interrupt, load
 
-    with ui.progress(f"loading {options.model.name}"):
-        session = Session(options)
+    with Interrupt() as interrupt:
+        session = load(options, interrupt)
     state = State(
         session,
         sampling_of(values),

@@ -60,12 +60,11 @@ def run(words: tuple[str, ...], **values: Any) -> None:
         raise click.UsageError("--ignore-eos forbids the end that a grammar asks for")
     options = load_of(values, model)
 
-    from rkv_local.cli.session import Answer, CliError, Interrupt, Session
+    from rkv_local.cli.session import Answer, CliError, Interrupt, load
 
     answer = Answer()
     with Interrupt() as interrupt:
-        with ui.progress(f"loading {options.model.name}"):
-            session = Session(options)
+        session = load(options, interrupt)
         raw = values["raw"] or (not session.template.named and system is None)
         opened = None
         if not raw:

@@ -6,59 +6,26 @@ Importing this module loads the native library; commands import it when they run
 from __future__ import annotations
 
 import ctypes
-import random
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
-from rkv_local import Llama, RKVError
+from rkv_local import RKVError
 from rkv_local.chat import Kind, StopMatcher, Template, ThinkingSplitter, Utf8Decoder, one_line
-from rkv_local.cli import nativelog
+from rkv_local.cli import nativelog, ui
+from rkv_local.cli.interrupt import Interrupt, Interrupted
+from rkv_local.cli.llama import CliLlama, Loading
 from rkv_local.cli.options import LoadOptions, Sampling
 
 # after rkv_local, which says where its library is
 from llama_cpp import llama_cpp as lib  # isort: skip
-from llama_cpp._internals import LlamaSampler  # isort: skip
 from llama_cpp.llama_grammar import LlamaGrammar  # isort: skip
 
-__all__ = ["Answer", "CliError", "Interrupt", "KvReport", "Session", "schema_grammar"]
-
-MINUS_INFINITY = float("-inf")
+__all__ = ["Answer", "CliError", "Interrupt", "KvReport", "Session", "load", "schema_grammar"]
 
 
 class CliError(RuntimeError):
     """A failure at run time; str() is the line for the user."""
-
-
-class Interrupt:
-    """Ctrl-C as a flag that generation reads between two decodes, so that the cache is never left half
-    written.
-
-    A second Ctrl-C raises KeyboardInterrupt at once.
-    """
-
-    def __init__(self) -> None:
-        self.pressed = False
-        self._before: Any = None
-
-    def __enter__(self) -> Interrupt:
-        self.pressed = False
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, signum: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
 
 
 def schema_grammar(schema: str) -> str:
@@ -71,10 +38,6 @@ def schema_grammar(schema: str) -> str:
         return str(LlamaGrammar.from_json_schema(schema)._grammar)
     except Exception as err:
         raise CliError(f"the JSON schema cannot be turned into a grammar: {one_line(err)}") from err
-
-
-class Interrupted(Exception):
-    """Raised between two chunks of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -124,58 +87,23 @@ class Answer:
         return (self.n_generated - 1) / self.generated_seconds
 
 
-class _Llama(Llama):
-    """Llama with the sampler chain of our options and an eval that Ctrl-C can stop between chunks."""
-
-    sampling: Sampling = Sampling()
-    grammar_text: str | None = None
-    banned: Sequence[int] = ()
-    interrupt: Interrupt | None = None
-    n_evaluated = 0
-
-    def _init_sampler(self, **_: Any) -> LlamaSampler:
-        # llama.cpp's order: biases, penalties, grammar, top-k, top-p, min-p, temperature
-        s, chain = self.sampling, LlamaSampler()
-        if self.banned:
-            chain.add_logit_bias(self._n_vocab, dict.fromkeys(self.banned, MINUS_INFINITY))
-        if s.repeat_penalty != 1.0:
-            chain.add_penalties(self._n_vocab, s.repeat_last_n, s.repeat_penalty, 0.0, 0.0)
-        if self.grammar_text:
-            chain.add_grammar(self._model, LlamaGrammar.from_string(self.grammar_text))
-        if s.temp <= 0.0:
-            chain.add_greedy()
-            return chain
-        chain.add_top_k(s.top_k)
-        chain.add_top_p(s.top_p, 1)
-        chain.add_min_p(s.min_p, 1)
-        chain.add_temp(s.temp)
-        chain.add_dist(random.getrandbits(32) if s.seed is None else s.seed)
-        return chain
-
-    def eval(self, tokens: Sequence[int]) -> None:
-        for i in range(0, len(tokens), self.n_batch):
-            if self.interrupt is not None and self.interrupt.pressed:
-                raise Interrupted
-            chunk = tokens[i : i + self.n_batch]
-            super().eval(chunk)
-            self.n_evaluated += len(chunk)
-
-
 class Session:
     """A model, its cache and its chat template."""
 
-    def __init__(self, options: LoadOptions) -> None:
+    def __init__(self, options: LoadOptions, interrupt: Interrupt | None = None) -> None:
         """Load the model.
 
         Raises:
+            KeyboardInterrupt: `interrupt` was pressed while it loaded.
             CliError: the model or the context cannot be made; one line with llama.cpp's own reason.
             ValueError: a budget that this model cannot have.
         """
         self.options = options
         nativelog.install(options.verbose)
         nativelog.clear()
+        Loading.share, Loading.interrupt = 0.0, interrupt
         try:
-            self.llama = _Llama(
+            self.llama = CliLlama(
                 str(options.model.path),
                 kv=options.kv,
                 n_ctx=options.ctx_size,
@@ -189,6 +117,8 @@ class Session:
                 verbose=options.verbose,
             )
         except (RuntimeError, ValueError, OSError) as err:
+            if interrupt is not None and interrupt.pressed:
+                raise KeyboardInterrupt from err
             raise CliError(nativelog.reason(one_line(err), options.model.name)) from err
         self.vocab = lib.llama_model_get_vocab(self.llama.model)
         if lib.llama_vocab_type(self.vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
@@ -388,3 +318,9 @@ class Session:
             if len(tokens) == 1:
                 found[tokens[0]] = tag
         return found
+
+
+def load(options: LoadOptions, interrupt: Interrupt) -> Session:
+    """A session, with a progress line while the model loads."""
+    with ui.progress(f"loading {options.model.name}", lambda: (Loading.share, "")):
+        return Session(options, interrupt)

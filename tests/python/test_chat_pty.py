@@ -78,12 +78,21 @@ class Terminal:
         shown, self.unread = self.unread, ""
         return plain(shown)
 
-    def say(self, text: str) -> str:
-        """Type a line and return all that comes up to the next prompt."""
+    def say(self, text: str, *patterns: str) -> None:
+        """Type a line, wait for what must come of it, in this order, and for the next prompt."""
+        self.settle()
         self.send(text)
         self.settle()
         self.send("\r")
-        return self.expect(READY)
+        for pattern in patterns:
+            self.expect(pattern)
+        self.expect(READY)
+
+    def stream(self, n: int) -> None:
+        """Wait until n characters have come that nobody expected yet."""
+        end = time.monotonic() + PATIENCE
+        while len(self.unread) < n:
+            assert self.read(1) or time.monotonic() < end, self.unread
 
     def leave(self) -> int:
         """Wait for the end; the exit code."""
@@ -133,51 +142,47 @@ def chat(state: Path) -> Iterator[Terminal]:
 
 
 def test_typing_commands_and_ctrl_d(chat: Terminal) -> None:
-    shown = chat.say("hello there")
-    assert re.search(r"generated 12 tokens.*KV rkv \d+/96 cells", shown)
-    assert "/regen" in chat.say("/help")
-    assert "temperature = 0" in chat.say("/set temperature 0")
-    assert "system prompt set" in chat.say("/set system You are brief.")
-    shown = chat.say("/show")
-    assert (
-        "talker.gguf" in shown and "You are brief." in shown and "96 cells" in shown and "im_start" in shown
-    )
-    assert "no command /walk" in chat.say("/walk")
-    assert re.search(r"turns +1\b", chat.say("/stats"))
-    assert "generated 12 tokens" in chat.say("/regen")
-    assert re.search(r"turns +1\b", chat.say("/stats"))
-    chat.say("/clear")
-    assert re.search(r"turns +0\b", chat.say("/stats"))
+    chat.say("hello there", r"generated 12 tokens", r"KV rkv \d+/96 cells", r"compactions")
+    chat.say("/help", "/regen")
+    chat.say("/set temperature 0", "temperature = 0")
+    chat.say("/set system You are brief.", "system prompt set")
+    chat.say("/show", r"talker\.gguf", "96 cells", "You are brief", "im_start")
+    chat.say("/walk", "no command /walk")
+    chat.say("/stats", r"turns +1\b")
+    chat.say("/regen", "generated 12 tokens")
+    chat.say("/stats", r"turns +1\b")
+    chat.say("/clear", "forgotten")
+    chat.say("/stats", r"turns +0\b")
     chat.send(CTRL_D)
     assert chat.leave() == 0
 
 
 def test_several_lines_and_bye(chat: Terminal) -> None:
-    chat.send('"""first line\r')
-    chat.expect(MORE)
-    chat.settle()
-    chat.send("second line\r")
-    chat.expect(MORE)
-    chat.settle()
-    chat.send('third line"""\r')
-    assert "generated 12 tokens" in chat.expect(READY)
-    assert re.search(r"turns +1\b", chat.say("/stats"))
+    for line in ('"""first line', "second line"):
+        chat.settle()
+        chat.send(line + "\r")
+        chat.expect(MORE)
+    chat.say('third line"""', "generated 12 tokens")
+    chat.say("/stats", r"turns +1\b")
     chat.settle()
     chat.send("/bye\r")
     assert chat.leave() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat: Terminal) -> None:
-    chat.say("/set max-tokens -1")
-    chat.say("/set temp 5")
-    chat.send("talk for ever\r")
-    time.sleep(1.5)
+    chat.say("/set max-tokens -1", "max-tokens = -1")
+    chat.say("/set temp 5", "temperature = 5")
+    chat.settle()
+    chat.send("talk for ever")
+    chat.settle()
+    chat.send("\r")
+    chat.stream(500)
     chat.send(CTRL_C)
-    shown = chat.expect(READY)
-    assert "generated" in shown and "Traceback" not in shown
-    assert re.search(r"turns +1\b", chat.say("/stats"))
-    chat.say("/set max-tokens 4")
-    assert "generated 4 tokens" in chat.say("again")
+    assert "Traceback" not in chat.expect("generated [0-9,]+ tokens")
+    chat.expect(READY)
+    chat.say("/stats", r"turns +1\b")
+    chat.say("/set max-tokens 4", "max-tokens = 4")
+    chat.say("again", "generated 4 tokens")
     chat.send(CTRL_D)
     assert chat.leave() == 0
 
@@ -185,40 +190,44 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat: Terminal) -> None:
 def test_ctrl_c_at_the_prompt_and_while_typing(chat: Terminal) -> None:
     chat.settle()
     chat.send(CTRL_C)
-    assert "Ctrl-D or /bye leaves" in chat.expect(READY)
+    chat.expect("Ctrl-D or /bye leaves")
+    chat.expect(READY)
     chat.send("half a messa")
     chat.settle()
     chat.send(CTRL_C)
+    chat.expect("Ctrl-D or /bye leaves")
     chat.expect(READY)
-    assert re.search(r"turns +0\b", chat.say("/stats"))
+    chat.say("/stats", r"turns +0\b")
     chat.send(CTRL_D)
     assert chat.leave() == 0
 
 
 def test_lines_are_remembered_between_sessions(state: Path) -> None:
     first = start_chat(state, "-n", "2")
-    first.say("something to remember")
+    first.say("something to remember", "generated")
     first.send(CTRL_D)
     assert first.leave() == 0
+    first.close()
     history = state / "rkv-local" / "history"
     assert "something to remember" in history.read_text(encoding="utf-8")
     assert history.stat().st_mode & 0o077 == 0
     second = start_chat(state, "-n", "2")
     second.settle()
     second.send(UP)
-    assert "something to remember" in second.settle(0.5)
-    second.send("\r")
-    assert "generated" in second.expect(READY)
+    second.expect("something to remember")
+    second.say("", "generated")
     second.send(CTRL_D)
     assert second.leave() == 0
+    second.close()
 
 
 def test_state_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a folder")
     terminal = start_chat(tmp_path / "state", "-n", "2")
-    assert "generated 2 tokens" in terminal.say("hello")
+    terminal.say("hello", "generated 2 tokens")
     terminal.send(CTRL_D)
     assert terminal.leave() == 0
+    terminal.close()
 
 
 def test_thinking_is_dim_on_a_terminal_and_tagged_in_a_pipe() -> None:

@@ -12,7 +12,7 @@ import click
 import pytest
 
 import rkv_local
-from cli_tools import COMMAND, ROOT, environment, error_line, invoke, talker
+from cli_tools import COMMAND, ROOT, environment, error_line, invoke
 from rkv_local import models
 from rkv_local.cli import docs, options
 from rkv_local.cli.main import COMMANDS
@@ -142,7 +142,7 @@ def test_devices_that_loads_the_library_alone() -> None:
 def test_relative_path_that_is_called_like_a_short_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "smollm2").write_bytes(talker().read_bytes())
+    (tmp_path / "smollm2").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
     monkeypatch.chdir(tmp_path)
     assert models.resolve("./smollm2").path == Path("smollm2")
     assert models.resolve("smollm2").path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"

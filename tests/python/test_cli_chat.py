@@ -323,6 +323,17 @@ def test_a_later_turn_is_that_of_a_fresh_context() -> None:
     fresh.close()
 
 
+def test_ctrl_c_while_the_model_loads() -> None:
+    from rkv_local.cli.options import LoadOptions
+    from rkv_local.cli.session import Interrupt, Session
+    from rkv_local.models import resolve
+
+    interrupt = Interrupt()
+    interrupt.pressed = True
+    with pytest.raises(KeyboardInterrupt):
+        Session(LoadOptions(resolve(str(talker())), None, 64), interrupt)
+
+
 def test_wrong_usage() -> None:
     assert invoke("chat", "a", "-m", "b").exit_code == 2
     assert invoke("chat", "a", "b").exit_code == 2

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 from rkv_local import KVBudget, Llama
@@ -60,3 +62,50 @@ def fresh(llama: Llama, prompt: str | list[int], n: int = 40, **more: Any) -> st
     """The same from an empty cache."""
     llama.forget()
     return greedy(llama, prompt, n, **more)
+
+
+def write_unsupported(path: Path, kind: str) -> Path:
+    """A random model with ALiBi (mpt), a sliding window (cohere2) or no attention at all (mamba)."""
+    d, n_ff, n_vocab = 64, 96, 40
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(n_vocab)
+    writer.add_context_length(2048)
+    writer.add_block_count(4)
+    writer.add_embedding_length(d)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(2 if kind != "mamba" else 0)
+    writer.add_layer_norm_eps(1e-5)
+    shapes: dict[str, tuple[int, ...]] = {"attn_norm.weight": (d,)}
+    if kind == "mpt":
+        writer.add_max_alibi_bias(8.0)
+        shapes |= {"attn_qkv.weight": (3 * d, d), "attn_output.weight": (d, d), "ffn_norm.weight": (d,)}
+        shapes |= {"ffn_up.weight": (n_ff, d), "ffn_down.weight": (d, n_ff)}
+    elif kind == "cohere2":
+        writer.add_head_count_kv(2)
+        writer.add_sliding_window(64)
+        writer.add_logit_scale(1.0)
+        writer.add_rope_dimension_count(32)
+        shapes |= {f"attn_{x}.weight": (d, d) for x in ("q", "k", "v", "output")}
+        shapes |= {"ffn_gate.weight": (n_ff, d), "ffn_up.weight": (n_ff, d), "ffn_down.weight": (d, n_ff)}
+    else:
+        inner, state, rank, conv = 2 * d, 16, 4, 4
+        writer.add_ssm_conv_kernel(conv)
+        writer.add_ssm_inner_size(inner)
+        writer.add_ssm_state_size(state)
+        writer.add_ssm_time_step_rank(rank)
+        writer.add_layer_norm_rms_eps(1e-5)
+        shapes |= {"ssm_in.weight": (2 * inner, d), "ssm_conv1d.weight": (inner, conv)}
+        shapes |= {"ssm_conv1d.bias": (inner,), "ssm_x.weight": (rank + 2 * state, inner)}
+        shapes |= {"ssm_dt.weight": (inner, rank), "ssm_dt.bias": (inner,), "ssm_a": (inner, state)}
+        shapes |= {"ssm_d": (inner,), "ssm_out.weight": (d, inner)}
+    tensors = {f"blk.{i}.{name}": shape for i in range(4) for name, shape in shapes.items()}
+    tensors |= {"token_embd.weight": (n_vocab, d), "output_norm.weight": (d,)}  # tied output
+    rng = np.random.default_rng(0)
+    for name, shape in tensors.items():
+        writer.add_tensor(name, rng.normal(size=shape).astype(np.float32) / 8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -171,7 +171,7 @@ def stats_line(answer: Answer, kv: KvReport, used: int) -> str:
 
 
 def speeds(answer: Answer) -> str:
-    """Tokens and tokens per second of prompt and answer; how much of the prompt was read, if not all of it."""
+    """Tokens and tokens per second of prompt and answer; how much of the prompt was read, if not all."""
     read = "" if answer.n_read == answer.n_prompt else f" ({answer.n_read:,} read)"
     return (
         f"prompt {plural(answer.n_prompt, 'token')}{read}{rate(answer.prompt_tps)}"

@@ -98,7 +98,7 @@ def describe(line: str) -> str | None:
     if size:
         return f"downloading {size[1]}, {size[2]}"
     raw = re.match(r"Progress (\d+) of (\d+)", line)
-    if raw and int(raw[2]):
+    if raw and int(raw[2]) >= 4 * 2**20:
         return f"downloading {100 * int(raw[1]) // int(raw[2])}% of {int(raw[2]) / 2**20:.0f} MiB"
     if "Configuring CMake" in line:
         return "configuring"

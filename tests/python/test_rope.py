@@ -46,6 +46,11 @@ ROPES = {
 }
 
 
+def blend_rounding(rope: ref.Rope) -> float:
+    """Error per position: compilers may fuse YaRN's blend of two angles, a float32 rounding of the angle apart."""
+    return 2.5e-7 if rope.ext_factor else 0.0
+
+
 def test_numpy_rope_is_a_rotation_by_relative_position() -> None:
     """q at i times k at j depends on i - j alone; lengths grow by the magnitude alone."""
     rng = np.random.default_rng(0)
@@ -81,7 +86,8 @@ def test_undone_gives_the_keys_back(name: str, d: int) -> None:
     turned = ref.rotate(keys, pos, rope, np.float32).astype(np.float32)
     if rope.n_rot:
         assert np.abs(turned - keys).max() > 0.5
-    np.testing.assert_allclose(native_unrotate(turned, pos, rope), keys, atol=2e-5)
+    error = np.abs(native_unrotate(turned, pos, rope) - keys)
+    assert (error <= 2e-5 + blend_rounding(rope) * pos[..., None]).all(), error.max()
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -143,6 +149,7 @@ def test_context_undoes_the_models_own_rope(name: str, type_k: str, n: int, tmp_
             assert np.abs(k - k[:1]).max() > 0.3 * size  # as cached they do differ
             back = ref.hadamard(k) if type_k == "q8_0" else k
             numpy_u = ref.unrotate(back, pos, shape.rope, np.float32)
-            np.testing.assert_allclose(u, numpy_u, atol=2e-5 * max(1, size))
+            tolerance = (2e-5 + blend_rounding(shape.rope) * n) * max(1, size)
+            np.testing.assert_allclose(u, numpy_u, atol=tolerance)
     finally:
         model.close()

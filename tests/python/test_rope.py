@@ -47,7 +47,7 @@ ROPES = {
 
 
 def blend_rounding(rope: ref.Rope) -> float:
-    """Error per position: compilers may fuse YaRN's blend of two angles, a float32 rounding of the angle apart."""
+    """Error per position: a compiler may fuse YaRN's blend of two angles, and round it differently."""
     return 2.5e-7 if rope.ext_factor else 0.0
 
 

@@ -70,7 +70,7 @@ bool rkv_seq_compact(llama_context * ctx, llama_seq_id seq_id) {
 namespace {
 
 struct head_view {
-    const rkv_cache          * rkv;
+    rkv_cache                * rkv;
     const rkv_cache::layer_t * layer;
     uint32_t strm;
     rkv_cache::range_t rows;
@@ -96,6 +96,9 @@ bool head_of(llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t head,
     llama_synchronize(ctx);
     ctx->memory_update(false);
     view.strm = strm;
+    if (!view.rkv->close_holes(strm)) {
+        return false;
+    }
     view.rows = view.rkv->range(*view.layer, strm);
     return true;
 }
@@ -149,7 +152,7 @@ std::vector<int32_t> positions(const head_view & v, int32_t head) {
     const auto &   cells = v.rkv->cells(v.strm);
     const uint32_t off   = v.rkv->groups[v.layer->group].off;
     for (uint32_t i = n_old; i < res.size(); ++i) {
-        res[i] = cells.is_empty(v.rows.begin + i + off) ? -1 : cells.pos_get(v.rows.begin + i + off);
+        res[i] = cells.pos_get(v.rows.begin + i + off);
     }
     return res;
 }

@@ -348,9 +348,17 @@ bool rkv_cache::make_room(const std::vector<llama_ubatch> & ubatches) {
             return rkv_set_error("%u tokens of one sequence in one batch: this cache takes %u at a time", n_new[s], n_extra);
         }
         reset_if_empty(s);
-        const uint32_t end = used_end(s);
-        streams[s].old_end = std::min(streams[s].old_end, end);
-        if (end >= n_budget_max + params.buffer || end + n_new[s] > n_cells()) {
+        streams[s].old_end = std::min(streams[s].old_end, used_end(s));
+        const auto is_full = [&] {
+            return used_end(s) >= n_budget_max + params.buffer || used_end(s) + n_new[s] > n_cells();
+        };
+        if (!is_full()) {
+            continue;
+        }
+        if (!close_holes(s)) {
+            return false;
+        }
+        if (is_full()) {
             full.push_back(s);
         }
     }

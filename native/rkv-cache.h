@@ -68,6 +68,7 @@ public:
 
     rkv_stats stats() const;
     bool compact_now(llama_seq_id seq_id);
+    bool close_holes(uint32_t strm); // after it the rows of a sequence are contiguous; false: failed to compute
     bool all_captured() const;
     bool check_devices() const; // false: a layer's device has no kernels for the pass
     int32_t seq_used(llama_seq_id seq_id) const;
@@ -125,7 +126,6 @@ private:
 
     bool compact(const std::vector<uint32_t> & strms);
     bool compact_some(const std::vector<uint32_t> & strms);
-    bool close_holes(uint32_t strm);
     bool run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
              const std::map<ggml_tensor *, const std::vector<float> *> & tables);
     uint32_t used_end(uint32_t strm) const;

@@ -123,17 +123,9 @@ bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<
 bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
     const int64_t t0 = ggml_time_us();
 
-    // without holes a sequence may lie within the budget again; else every group's rows move towards the front
     bool ok = true;
-    std::vector<uint32_t> full;
-    for (const uint32_t s : strms) {
-        ok = ok && close_holes(s);
-        if (used_end(s) > n_budget_max) {
-            full.push_back(s);
-        }
-    }
-    for (size_t i = 0; ok && i < full.size(); i += JOBS_PER_PASS) {
-        ok = compact_some({ full.begin() + i, full.begin() + std::min(i + JOBS_PER_PASS, full.size()) });
+    for (size_t i = 0; ok && i < strms.size(); i += JOBS_PER_PASS) {
+        ok = compact_some({ strms.begin() + i, strms.begin() + std::min(i + JOBS_PER_PASS, strms.size()) });
     }
     t_us += ggml_time_us() - t0;
     if (!ok) {
@@ -142,6 +134,7 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
     return ok;
 }
 
+// No sequence has holes, and each reaches beyond row n_budget_max: so every group's rows move towards the front.
 bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
     const int64_t n_jobs = strms.size();
 
@@ -277,10 +270,11 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
     return true;
 }
 
-// A removal in the middle of what was never compacted leaves free rows between used ones: close up first.
+// A removal in what was never compacted leaves free rows before or between used ones: close up.
 bool rkv_cache::close_holes(uint32_t strm) {
     auto & c = kv.v_cells[strm];
-    const uint32_t first = c.used_min(), end = c.used_max_p1();
+    const uint32_t first = streams[strm].old_end > 0 ? c.used_min() : n_start;
+    const uint32_t end   = used_end(strm);
     if (end - first == c.get_used()) {
         return true;
     }

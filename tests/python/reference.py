@@ -133,13 +133,15 @@ def redundancy_linear(k: Floats, spec: Spec) -> Floats:
 def rope_cos_sin(pos: ArrayLike, rope: Rope, dtype: type = np.float64) -> tuple[Floats, Floats]:
     """cos, sin [*pos.shape, n_rot / 2], magnitude included. dtype float32 rounds where ggml rounds.
 
+    The ratio of two frequencies is ggml's float32 `theta_scale` in either case.
+
     RoFormer (arXiv 2104.09864) angles pos * base^(-2i/n_rot), divided by freq_factors; YaRN (arXiv
     2309.00071) blends position interpolation (freq_scale) and the untouched angle by a ramp over i, and
     scales the magnitude.
     """
     p: Floats = np.asarray(pos).astype(dtype)
     half = rope.n_rot // 2
-    step = dtype(dtype(rope.freq_base) ** dtype(-2.0 / rope.n_rot))
+    step = dtype(np.float32(float(rope.freq_base) ** float(np.float32(-2.0 / rope.n_rot))))
     theta: Floats = np.empty((*p.shape, half), dtype=dtype)
     running = p.copy()
     for i in range(half):  # a running product, as ggml accumulates it
@@ -226,7 +228,7 @@ def latest_update(k: Floats, pos: Ints, aux: Floats, n_old: int, rope: Rope) -> 
     later_and_new = np.triu(np.ones((n, n), bool), 1)  # [j, i]: i is later than j ...
     later_and_new[:, :n_old] = False  # ... and has not been compared before
     for h in range(n_head_kv):
-        u = unit(unrotate(k[:, h], pos[:, h], rope, np.float32))  # the angles that ggml turned them by
+        u = unit(unrotate(k[:, h], pos[:, h], rope))
         s = np.where(later_and_new, u @ u.T, MISSING)
         seen = np.concatenate([aux[:, :, h].T, s], axis=1)
         highest = -np.partition(-seen, n_sim - 1, axis=1)[:, :n_sim]

@@ -95,7 +95,7 @@ def test_undone_gives_the_keys_back(name: str, d: int) -> None:
 
 @pytest.mark.parametrize("name", ROPES)
 def test_undone_gives_the_keys_back_in_float64_too(name: str) -> None:
-    """Against angles exact but for ggml's float32 `theta_scale`, as the engine's are (YaRN's ramp is float32)."""
+    """Against angles exact but for ggml's float32 `theta_scale` (and YaRN's float32 ramp)."""
     rope, rng = ROPES[name], np.random.default_rng(2)
     keys = rng.normal(size=(64, 2, 64)).astype(np.float32)
     pos = np.repeat(np.geomspace(1, 32768, 64).astype(np.int32)[:, None], 2, axis=1)

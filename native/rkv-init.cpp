@@ -125,6 +125,9 @@ void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparam
     if (!pending || pending->taken) {
         return;
     }
+    if (pending->failed) { // rkv_begin_init refused the parameters
+        throw std::runtime_error(last_error);
+    }
     const llama_hparams & hp = model.hparams;
 
     if (llm_arch_is_recurrent(model.arch))          { refuse("the model is recurrent and has no KV cache"); }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 static rkv_rope rope_of(const rkv_select_args & a) {
@@ -62,10 +63,11 @@ static bool check(const rkv_select_args & a) {
     if (!a.k || !a.q) {
         return rkv_set_error("keys or queries are missing");
     }
-    const bool known = a.type_k == GGML_TYPE_F32 || (a.type_k >= 0 && a.type_k < GGML_TYPE_COUNT &&
-        ggml_get_type_traits((ggml_type) a.type_k)->to_float && ggml_blck_size((ggml_type) a.type_k) > 0);
+    static const int32_t cache_types[] = { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+        GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL };
+    const bool known = std::find(std::begin(cache_types), std::end(cache_types), a.type_k) != std::end(cache_types);
     if (!known || a.n_embd_head % ggml_blck_size((ggml_type) a.type_k)) {
-        return rkv_set_error("keys of length %d cannot be stored as type %d", a.n_embd_head, a.type_k);
+        return rkv_set_error("keys of length %d cannot be cached as type %d", a.n_embd_head, a.type_k);
     }
     return check_rope(a);
 }

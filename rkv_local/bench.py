@@ -47,9 +47,20 @@ class Plan:
     parallel: int = 1
     threads: int = 1
     gpu_layers: int = 0
+    kv_offload: bool = True
     type_k: int = 1
     type_v: int = 1
     seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may reach."""
+        return max(max(self.depths) + self.n * self.repetitions + 1, self.mean_start + self.n)
+
+    @property
+    def cells(self) -> int:
+        """Cells of the full caches, all sequences together."""
+        return self.longest * self.parallel
 
     @property
     def mean_depth(self) -> int:
@@ -148,6 +159,7 @@ class Arm:
         params.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        params.offload_kqv = plan.kv_offload
         params.type_k, params.type_v, params.no_perf = plan.type_k, plan.type_v, True
         self.ctx = _native.init_context(model, params, kv) if kv else lib.llama_init_from_model(model, params)
         if not self.ctx:
@@ -245,7 +257,7 @@ def bench(plan: Plan, report: Callable[[str], None] = lambda text: None) -> list
     try:
         deepest = max(plan.depths)
         longest = deepest + plan.n * plan.repetitions + 1
-        tokens = trace(model, max(longest, plan.mean_start + plan.n), plan.seed)
+        tokens = trace(model, plan.longest, plan.seed)
         warm_up(model, plan, tokens)
         means: list[Arm] = []
         for flash_attn in plan.flash_attn:

@@ -32,8 +32,11 @@ SCHEDULES: dict[str, str] = {
 
 # PyramidKV's beta: the last layer keeps 1/20 of the average (section 4.2 of the paper).
 _PYRAMID_BETA = 20
-_MAX_CELLS = 2**31 - 1  # cells are numbered with int32
+# the same limits as rkv_params_check in native/rkv-init.cpp
+_MAX_BUDGET = 2**24
+_MAX_TOKENS = 2**20  # buffer, batch
 _MAX_WINDOW = 64
+_MAX_POOL = 255
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class KVBudget:
         policy: a key of POLICIES.
         lam: weight of importance against redundancy, 0 to 1 (the paper's lambda).
         pin: the first tokens of a sequence, never evicted; at most budget - window - 1.
-        pool: width of the max-pool over importance, odd; 1 is none.
+        pool: width of the max-pool over importance, odd, at most 255; 1 is none.
         threshold: cosine above which two keys count as copies, -1 to 1.
         n_sim: how many of the highest similarities `latest` averages, 1 to 4.
         reference: `rkv` only: a key without a copy zeroes column 0, as the authors' code does.
@@ -75,13 +78,13 @@ class KVBudget:
         if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ValueError(f"policy is {self.policy!r}, must be one of {', '.join(POLICIES)}")
         self._set("window", _integer("window", self.window, 1, _MAX_WINDOW))
-        self._set("budget", _integer("budget", self.budget, 1, _MAX_CELLS))
+        self._set("budget", _integer("budget", self.budget, 1, _MAX_BUDGET))
         if self.budget <= self.window:
             raise ValueError(f"budget is {self.budget}, must be larger than window, {self.window}")
         why = f"with budget {self.budget} and window {self.window}"
         self._set("pin", _integer("pin", self.pin, 0, self.budget - self.window - 1, why))
-        self._set("buffer", _integer("buffer", self.buffer, 1, _MAX_CELLS))
-        self._set("pool", _integer("pool", self.pool, 1, _MAX_CELLS))
+        self._set("buffer", _integer("buffer", self.buffer, 1, _MAX_TOKENS))
+        self._set("pool", _integer("pool", self.pool, 1, _MAX_POOL))
         if self.pool % 2 == 0:
             raise ValueError(f"pool is {self.pool}, must be odd (1 is no pooling)")
         self._set("n_sim", _integer("n_sim", self.n_sim, 1, 4))
@@ -89,14 +92,11 @@ class KVBudget:
         self._set("threshold", _real("threshold", self.threshold, -1.0, 1.0))
         if not isinstance(self.reference, bool):
             raise ValueError(f"reference is {self.reference!r}, must be True or False")
+        if self.reference and self.policy not in ("rkv", "none"):
+            raise ValueError(f"reference is True, must be False with policy {self.policy}: it is rkv's")
         if self.batch is not None:
-            self._set("batch", _integer("batch", self.batch, 1, _MAX_CELLS))
+            self._set("batch", _integer("batch", self.batch, 1, _MAX_TOKENS))
         self._set("layer_budgets", self._checked_layer_budgets())
-        widest = max(self.layer_budgets) if isinstance(self.layer_budgets, tuple) else self.budget
-        if widest + self.headroom > _MAX_CELLS:
-            raise ValueError(
-                f"budget is {widest}, must leave {self.headroom} of {_MAX_CELLS} cells for tokens"
-            )
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)  # the dataclass is frozen
@@ -118,7 +118,7 @@ class KVBudget:
             raise ValueError("layer_budgets is empty, must have one number per layer")
         why = f"with window {self.window} and pin {self.pin}"
         return tuple(
-            _integer(f"layer_budgets[{i}]", v, self.least_budget, _MAX_CELLS, why)
+            _integer(f"layer_budgets[{i}]", v, self.least_budget, _MAX_BUDGET, why)
             for i, v in enumerate(values)
         )
 
@@ -201,7 +201,7 @@ class KVBudget:
             ValueError: an unknown type, one whose blocks do not divide the head size, a file that is no GGUF.
         """
         shape = ModelShape.of(model)
-        n_seq = _integer("n_seq", n_seq, 1, _MAX_CELLS)
+        n_seq = _integer("n_seq", n_seq, 1, 2**31 - 1)
         total = 0
         for layer, cells in enumerate(self.cells(shape.n_layer, n_ctx)):
             heads, d_k = shape.n_head_kv[layer], shape.n_embd_head_k[layer]

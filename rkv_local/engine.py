@@ -19,7 +19,7 @@ from . import _lib, _native
 from .budget import KVBudget
 from .errors import RKVError
 from .logprobs import Recorder
-from .options import Options, resolve
+from .options import Options, check_threads, resolve
 from .shape import ModelShape
 
 _lib.prepare()  # our libraries, before llama_cpp loads others
@@ -135,6 +135,8 @@ class Llama(llama_cpp.Llama):
         for name in stock:
             if name not in _STOCK_PARAMETERS:
                 raise TypeError(f"Llama() got an unexpected parameter {name!r}")
+        for name in ("n_threads", "n_threads_batch"):
+            check_threads(name, stock.get(name))
         made = self._options = resolve(
             os.fspath(model_path),
             kv=kv,

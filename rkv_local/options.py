@@ -11,7 +11,9 @@ from .shape import CACHE_TYPES, cache_type, is_quantised, read_metadata
 
 DEFAULT_N_CTX = 32768  # with a budget, where it costs no memory
 _STOCK_N_CTX, _STOCK_N_BATCH = 512, 512  # llama_cpp's defaults
+_STOCK_N_UBATCH = 512  # compute buffers grow with it
 _MAX_SEQ = 256  # LLAMA_MAX_SEQ
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS
 _AUTO = -1  # LLAMA_FLASH_ATTN_TYPE_AUTO
 
 
@@ -114,8 +116,18 @@ def resolve(
         name = next(name for name, (number, _, _) in CACHE_TYPES.items() if number == number_v)
         raise ValueError(f"type_v is {name}, a quantised V needs flash_attn=True")
     width = max(chunk, n_seq)
-    n_ubatch = width if n_ubatch is None else min(width, _at_least("n_ubatch", n_ubatch, 1))
+    n_ubatch = min(width, _STOCK_N_UBATCH if n_ubatch is None else _at_least("n_ubatch", n_ubatch, 1))
     return Options(kv, n_layer, n_ctx, chunk, n_ubatch, n_seq, number_k, number_v, forced)
+
+
+def check_threads(field: str, value: int | None) -> None:
+    """Refuse a number of threads that ggml would not survive.
+
+    Raises:
+        ValueError: it is not from 1 to 512 (None: llama_cpp chooses).
+    """
+    if value is not None and _at_least(field, value, 1) > _MAX_THREADS:
+        raise ValueError(f"{field} is {value}, must be from 1 to {_MAX_THREADS}")
 
 
 def _at_least(field: str, value: int, low: int) -> int:

@@ -71,7 +71,7 @@ static void dot_4x16(int n, const float * a, int lda, const float * b, float out
 // scratch
 //
 
-static int pad_to(int n, int m) { return (n + m - 1)/m*m; }
+template <typename T> static T pad_to(T n, int m) { return (n + m - 1)/m*m; }
 
 size_t rkv_scorer::layout(float * base, int n_max, int nth) {
     n_max_pad = pad_to(n_max, RKV_PANEL);
@@ -81,7 +81,7 @@ size_t rkv_scorer::layout(float * base, int n_max, int nth) {
     size_t used = 0;
     auto take = [&](size_t count) {
         float * p = base ? base + used : nullptr;
-        used += pad_to((int) count, 16);
+        used += pad_to(count, 16);
         return p;
     };
     panels  = take(cells*n_embd);

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkv_local.cli import ui
-from rkv_local.cli.options import budget_of, default_threads, is_quantised
+from rkv_local.cli.options import budget_of, default_threads
 from rkv_local.cli.params import AT_LEAST_1, cache_options, context_options, model_option, opt
 from rkv_local.models import resolve
+from rkv_local.shape import CACHE_TYPES, is_quantised
 
 if TYPE_CHECKING:
     from rkv_local.bench import Plan, Row
@@ -64,7 +65,6 @@ def bench(**values: Any) -> None:
         settings = (True,)
     model = resolve(values["model"])
 
-    from rkv_local import CACHE_TYPES
     from rkv_local.bench import Plan, peak_rss
     from rkv_local.bench import bench as measure
     from rkv_local.cli import nativelog
@@ -81,9 +81,14 @@ def bench(**values: Any) -> None:
         parallel=values["parallel"],
         threads=values["threads"] or default_threads(),
         gpu_layers=values["gpu_layers"],
+        kv_offload=not values["no_kv_offload"],
         type_k=CACHE_TYPES[values["cache_type_k"]][0],
         type_v=CACHE_TYPES[values["cache_type_v"]][0],
     ).whole_periods()
+    if plan.cells >= 2**31:
+        raise click.UsageError(
+            f"--depth {max(plan.depths)} is out of reach: {plan.cells:,} cells for --parallel {plan.parallel}"
+        )
     if plan.n != values["n_gen"]:
         ui.line(f"-n {values['n_gen']} becomes {plan.n}: whole periods of {values['kv_buffer']} tokens")
     doing = [""]

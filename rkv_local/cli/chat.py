@@ -14,7 +14,7 @@ from rkv_local.cli import commands, reader, ui
 from rkv_local.cli.commands import State
 from rkv_local.cli.options import load_of, sampling_of
 from rkv_local.cli.params import length_option, load_options, model_option, opt, sampling_options
-from rkv_local.cli.run import check_max_tokens, check_text
+from rkv_local.cli.run import check_max_tokens, check_stdout, check_text
 from rkv_local.models import resolve
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def chat(name: str | None, **values: Any) -> None:
     MODEL is a GGUF file or a short name (default: smollm2). /help lists the commands, Ctrl-C stops an answer,
     Ctrl-D leaves. When stdin is not a terminal each line (or block between triple quotes) is a message.
     """
+    check_stdout()
+    if sys.stdin is None:
+        raise click.ClickException("stdin is closed: there is nobody to talk with")
     if name is not None and values["model"] is not None:
         raise click.UsageError(f"two models: {name!r} and --model {values['model']!r}")
     check_max_tokens(values["max_tokens"])
@@ -67,9 +70,9 @@ def loop(state: State, read: Callable[[str], str]) -> None:
     """Read and answer until the input ends."""
     while True:
         try:
-            text = reader.read_message(read)
+            text, quoted = reader.read_message(read)
             check_text(text, "the message")
-            command = commands.parse(text)
+            command = None if quoted else commands.parse(text)  # quotes let a message begin with a slash
             if command is None:
                 if text.strip():
                     turn(state, text)

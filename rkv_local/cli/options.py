@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkv_local.models import Model
+from rkv_local.options import DEFAULT_N_CTX
+from rkv_local.shape import is_quantised
 
 if TYPE_CHECKING:
     from rkv_local import KVBudget
 
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-POLICIES = ("rkv", "snapkv", "streaming", "latest", "none")  # tests compare with rkv_local.POLICIES
-DEFAULT_CTX = 32768
 DEFAULT_CTX_FULL = 8192  # a full cache is allocated at this size
 
 
@@ -47,6 +46,7 @@ class LoadOptions:
     batch_size: int | None = None
     threads: int = 1
     gpu_layers: int = 0
+    kv_offload: bool = True
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     flash_attn: bool | None = False
@@ -123,7 +123,7 @@ def load_of(values: dict[str, Any], model: Model) -> LoadOptions:
     kv = budget_of(values, values["batch_size"])
     ctx_size = values["ctx_size"]
     if ctx_size is None:
-        ctx_size = DEFAULT_CTX if kv else DEFAULT_CTX_FULL
+        ctx_size = DEFAULT_N_CTX if kv else DEFAULT_CTX_FULL
     flash_attn = flash_of(values["flash_attn"], values["gpu_layers"], values["cache_type_v"])
     return LoadOptions(
         model=model,
@@ -132,6 +132,7 @@ def load_of(values: dict[str, Any], model: Model) -> LoadOptions:
         batch_size=values["batch_size"] or (None if kv else 512),
         threads=values["threads"] or default_threads(),
         gpu_layers=values["gpu_layers"],
+        kv_offload=not values["no_kv_offload"],
         cache_type_k=values["cache_type_k"],
         cache_type_v=values["cache_type_v"],
         flash_attn=flash_attn,
@@ -150,8 +151,3 @@ def flash_of(choice: str, gpu_layers: int, type_v: str) -> bool | None:
     from rkv_local.cli.devices import has_gpu
 
     return None if gpu_layers != 0 and has_gpu() else False
-
-
-def is_quantised(cache_type: str) -> bool:
-    """True for the cache types whose values need flash attention."""
-    return cache_type not in ("f32", "f16", "bf16")

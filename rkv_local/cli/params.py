@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from rkv_local.cli.options import CACHE_TYPES, DEFAULT_CTX, DEFAULT_CTX_FULL, POLICIES
+from rkv_local.budget import POLICIES
+from rkv_local.cli.options import DEFAULT_CTX_FULL
+from rkv_local.options import DEFAULT_N_CTX
+from rkv_local.shape import CACHE_TYPES
 
 Decorator = Callable[[Any], Any]
 
@@ -27,10 +31,8 @@ class PolicyParam(click.ParamType):
 def list_policies(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """--kv-policy list: one line each, then leave."""
     if value == "list" and not ctx.resilient_parsing:
-        from rkv_local.budget import POLICIES as DESCRIBED
-
-        width = max(map(len, DESCRIBED))
-        for name, text in DESCRIBED.items():
+        width = max(map(len, POLICIES))
+        for name, text in POLICIES.items():
             click.echo(f"{name:<{width}}  {text}")
         ctx.exit()
     return value
@@ -71,8 +73,20 @@ class GpuLayers(click.ParamType):
         return number
 
 
+class FiniteRange(click.FloatRange):
+    """FloatRange without nan and inf, which compare as inside it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return float(number)
+
+
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
-SHARE = click.FloatRange(0, 1)
+THREADS = click.IntRange(1, 512)  # GGML_MAX_N_THREADS
+SHARE = FiniteRange(0, 1)
 
 
 def opt(
@@ -133,13 +147,19 @@ def context_options(*flash_attn: Decorator) -> Decorator:
     usual = opt("-fa --flash-attn", auto, click.Choice(("on", "off", "auto")), "auto", None)
     cache_type, types = click.Choice(CACHE_TYPES), ", ".join(CACHE_TYPES)
     return stack(
-        opt("-t --threads", "CPU threads (default: the physical cores).", AT_LEAST_1),
+        opt("-t --threads", "CPU threads (default: the physical cores).", THREADS),
         opt(
             "-ngl --gpu-layers --n-gpu-layers",
             "Layers on the GPU, where there is one.",
             GpuLayers(),
             "all",
             "N|all",
+        ),
+        click.option(
+            "-nkvo",
+            "--no-kv-offload",
+            is_flag=True,
+            help="Keep the cache in main memory, also of layers on the GPU.",
         ),
         opt("-ctk --cache-type-k", f"Type of the cached keys: {types}.", cache_type, "f16", "TYPE"),
         opt(
@@ -157,7 +177,7 @@ def context_options(*flash_attn: Decorator) -> Decorator:
 def load_options() -> Decorator:
     """Everything that a model is loaded with."""
     reach = (
-        f"How far the context may reach; it does not size the cache (default: {DEFAULT_CTX}; with policy "
+        f"How far the context may reach; it does not size the cache (default: {DEFAULT_N_CTX}; with policy "
         f"none, where it does, {DEFAULT_CTX_FULL}; 0 = as the model was trained)."
     )
     batch = "Most tokens in one decode (default: the larger of the buffer and 256; with policy none 512)."
@@ -171,9 +191,9 @@ def load_options() -> Decorator:
 
 def sampling_options() -> Decorator:
     """llama.cpp's samplers and their defaults there."""
-    above_0 = click.FloatRange(min=0, min_open=True)
+    above_0 = FiniteRange(min=0, min_open=True)
     return stack(
-        opt("--temp --temperature", "0 = always the likeliest token.", click.FloatRange(min=0), 0.8, "X"),
+        opt("--temp --temperature", "0 = always the likeliest token.", FiniteRange(min=0), 0.8, "X"),
         opt("--top-k", "0 = off.", AT_LEAST_0, 40),
         opt("--top-p", "1 = off.", SHARE, 0.95, "X"),
         opt("--min-p", "0 = off.", SHARE, 0.05, "X"),

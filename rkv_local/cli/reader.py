@@ -56,13 +56,13 @@ def terminal_reader() -> Callable[[str], str]:
     return lambda prompt: editor.prompt(prompt)
 
 
-def read_message(read: Callable[[str], str]) -> str:
-    """One message: a line, or all lines between two triple quotes."""
+def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
+    """One message, and whether it was quoted: a line, or all lines between two triple quotes."""
     first = read(PROMPT)
     head = first.lstrip()
     if not head.startswith(QUOTES):
-        return first
+        return first, False
     text = head[len(QUOTES) :]
     while not text.rstrip().endswith(QUOTES):
         text += "\n" + read(CONTINUED)
-    return text.rstrip()[: -len(QUOTES)].strip("\n")
+    return text.rstrip()[: -len(QUOTES)].strip("\n"), True

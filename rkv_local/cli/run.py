@@ -45,6 +45,7 @@ def run(words: tuple[str, ...], **values: Any) -> None:
     model, unless it is a short name or a .gguf file: then the prompt comes from stdin. With - as the prompt
     it comes from stdin too. The text goes to stdout, statistics to stderr.
     """
+    check_stdout()
     name, prompt = sort_words(words, values)
     model = resolve(name)  # before stdin is waited for
     prompt = checked_prompt(prompt, values["file"])
@@ -161,6 +162,8 @@ def checked_prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None and str(file) != "-":
         prompt, source = read_text(file, "the prompt"), str(file)
     elif prompt is None or prompt == "-":
+        if sys.stdin is None:
+            raise click.UsageError("no prompt, and stdin is closed")
         if prompt is None and file is None and ui.is_terminal(sys.stdin):
             raise click.UsageError('no prompt: rkv-local run "..." (for a conversation: rkv-local chat)')
         source = "the prompt on stdin"
@@ -174,6 +177,12 @@ def checked_prompt(prompt: str | None, file: Path | None) -> str:
     if not prompt.strip():
         raise click.UsageError(f"{source} is empty")
     return prompt
+
+
+def check_stdout() -> None:
+    """Refuse to work for nobody."""
+    if sys.stdout is None:
+        raise click.ClickException("stdout is closed: there is nowhere to write the answer")
 
 
 def check_max_tokens(number: int) -> None:

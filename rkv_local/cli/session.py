@@ -9,6 +9,7 @@ import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rkv_local import RKVError
 from rkv_local.chat import Kind, StopMatcher, Template, ThinkingSplitter, Utf8Decoder, one_line
@@ -16,6 +17,7 @@ from rkv_local.cli import nativelog, ui
 from rkv_local.cli.interrupt import Interrupt, Interrupted
 from rkv_local.cli.llama import CliLlama, Loading
 from rkv_local.cli.options import LoadOptions, Sampling
+from rkv_local.tokenizer import PieceTokenizer
 
 # after rkv_local, which says where its library is
 from llama_cpp import llama_cpp as lib  # isort: skip
@@ -109,6 +111,7 @@ class Session:
                 n_ctx=options.ctx_size,
                 n_batch=options.batch_size,
                 n_gpu_layers=options.gpu_layers,
+                offload_kqv=options.kv_offload,
                 n_threads=options.threads,
                 n_threads_batch=options.threads,
                 flash_attn=options.flash_attn,
@@ -131,6 +134,7 @@ class Session:
             self._token_text(self.llama.token_eos()),
         )
         self._tags = self._single_token_tags()
+        self._tokenizer = PieceTokenizer(self.llama)
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -145,14 +149,7 @@ class Session:
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token: none for control tokens, except those that mark thinking."""
-        if token in self._tags:
-            return self._tags[token]
-        buf = ctypes.create_string_buffer(64)
-        n = lib.llama_token_to_piece(self.vocab, token, buf, len(buf), 0, False)
-        if n < 0:
-            buf = ctypes.create_string_buffer(-n)
-            n = lib.llama_token_to_piece(self.vocab, token, buf, len(buf), 0, False)
-        return buf.raw[:n]
+        return self._tags.get(token) or self._tokenizer.piece(token)
 
     def check_grammar(self, text: str) -> None:
         """Raise CliError if llama.cpp cannot parse `text` as GBNF."""
@@ -196,7 +193,7 @@ class Session:
         limit = room if max_tokens < 0 else min(max_tokens, room)
         llama = self.llama
         llama.sampling, llama.grammar_text, llama.interrupt = sampling, grammar, interrupt
-        llama.banned = self._end_tokens() if ignore_eos else ()
+        llama.banned = self._end_tokens if ignore_eos else ()
         llama.n_evaluated = 0
         decoder, matcher = Utf8Decoder(), StopMatcher(stop)
         splitter = ThinkingSplitter(opened) if split else None
@@ -300,6 +297,7 @@ class Session:
                 answer.text += text
             yield kind, text
 
+    @cached_property
     def _end_tokens(self) -> list[int]:
         n = lib.llama_vocab_n_tokens(self.vocab)
         return [t for t in range(n) if lib.llama_vocab_is_eog(self.vocab, t)]

@@ -20,10 +20,10 @@ ERASE = "\r\x1b[K"
 MIB = 1024 * 1024
 
 
-def is_terminal(stream: IO[str]) -> bool:
-    """True if `stream` is a terminal (a closed or replaced stream is not)."""
+def is_terminal(stream: IO[str] | None) -> bool:
+    """True if `stream` is a terminal (a closed or replaced one is not; Python has None for closed)."""
     try:
-        return stream.isatty()
+        return stream is not None and stream.isatty()
     except ValueError:
         return False
 

@@ -1,6 +1,6 @@
 """The engine as the tests see it: native/rkv.h and llama.h by ctypes, without rkv_local's own wrappers.
 
-A second transcription of the header on purpose; test_rules_property.py checks that rkv_local._native agrees.
+A second transcription of the header on purpose; test_c_api.py checks that rkv_local._native agrees.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ def _function(name: str, restype: Any, *argtypes: Any) -> Callable[..., Any]:
 _row = (c_void_p, c_int32, c_int32, c_int32, c_void_p, c_size_t)  # ctx, seq, layer, head, dst, n_max
 rkv_default_params = _function("rkv_default_params", RkvParams)
 rkv_params_check = _function("rkv_params_check", c_bool, POINTER(RkvParams))
+rkv_begin_init = _function("rkv_begin_init", None, POINTER(RkvParams))
+rkv_end_init = _function("rkv_end_init", c_bool)
 rkv_last_error = _function("rkv_last_error", ctypes.c_char_p)
 rkv_init_from_model = _function(
     "rkv_init_from_model", c_void_p, c_void_p, llama_cpp.llama_context_params, POINTER(RkvParams)

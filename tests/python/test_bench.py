@@ -167,6 +167,7 @@ def test_statistics_of_a_row() -> None:
         (("-d", "-1"), 2, "-1"),
         (("-d", "1,,2"), 2, "1,,2"),
         (("-d", ""), 2, "depth"),
+        (("-d", "5000000000"), 2, "out of reach"),
         (("-n", "0"), 2, "n-gen"),
         (("-r", "0"), 2, "repetitions"),
         (("-np", "0"), 2, "parallel"),

@@ -50,7 +50,7 @@ BAD = [
     ("budget", -1),
     ("budget", 8),  # not larger than the window
     ("budget", 2**31),
-    ("budget", 2**31 - 1),  # no cell left for new tokens
+    ("budget", 2**24 + 1),
     ("budget", 10.5),
     ("budget", "512"),
     ("budget", True),

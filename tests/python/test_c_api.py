@@ -102,6 +102,37 @@ def test_unified_streams_are_refused(small: Model) -> None:
     assert native.last_error()
 
 
+def test_refused_parameters_make_no_context(small: Model) -> None:
+    """Between begin and end too, where the caller makes the context."""
+    params = native.params(SMALL.spec, 8, 8)
+    params.pool = 6
+    native.rkv_begin_init(byref(params))
+    cparams = llama_cpp.llama_context_default_params()
+    cparams.n_ctx = 512
+    context = llama_cpp.llama_init_from_model(small.model, cparams)
+    assert not native.rkv_end_init() and not context
+    assert "pool" in native.last_error()
+
+
+LIMITS = {"window": 64, "budget": 2**24, "buffer": 2**20, "n_batch_seq": 2**20, "pool": 255, "n_sim": 4}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_python_and_native_limits_agree(name: str) -> None:
+    from rkv_local import KVBudget, _native
+
+    field = "batch" if name == "n_batch_seq" else name
+    highest = KVBudget(**{field: LIMITS[name], "policy": "latest"})  # type: ignore[arg-type]
+    step = 2 if name == "pool" else 1
+    with pytest.raises(ValueError, match=field):
+        KVBudget(**{field: LIMITS[name] + step})  # type: ignore[arg-type]
+    for beyond in (0, step):
+        params = native.RkvParams.from_buffer_copy(_native.params(highest))
+        setattr(params, name, LIMITS[name] + beyond)
+        assert native.rkv_params_check(byref(params)) == (beyond == 0)
+        assert (name in native.last_error()) == (beyond > 0)
+
+
 def test_python_wrapper_agrees_with_this_transcription(small: Model) -> None:
     from rkv_local import KVBudget, _native
 

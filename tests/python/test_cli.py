@@ -54,11 +54,6 @@ def test_documentation_shows_the_help_as_it_is() -> None:
     assert docs.renewed(text) == text, "python -m rkv_local.cli.docs docs/cli.md"
 
 
-def test_option_lists_agree_with_the_engine() -> None:
-    assert set(options.POLICIES) == set(rkv_local.POLICIES)
-    assert set(options.CACHE_TYPES) == set(rkv_local.CACHE_TYPES)
-
-
 def test_policy_list() -> None:
     result = invoke("run", "--kv-policy", "list")
     assert result.exit_code == 0

@@ -193,14 +193,14 @@ def test_settings() -> None:
 
 
 def test_messages_of_several_lines() -> None:
-    def feed(*lines: str) -> str:
+    def feed(*lines: str) -> tuple[str, bool]:
         source = iter(lines)
         return reader.read_message(lambda _: next(source))
 
-    assert feed("one") == "one"
-    assert feed('"""one', 'two"""') == "one\ntwo"
-    assert feed('"""', "one", "", "two", '"""') == "one\n\ntwo"
-    assert feed('"""one"""') == "one"
+    assert feed("one") == ("one", False)
+    assert feed('"""one', 'two"""') == ("one\ntwo", True)
+    assert feed('"""', "one", "", "two", '"""') == ("one\n\ntwo", True)
+    assert feed('"""one"""') == ("one", True)
 
 
 def test_history_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ SMALL = ("--kv-budget", "64", "--kv-buffer", "32", "-b", "32", "-n", "8")
 
 
 def test_chat_from_a_pipe() -> None:
-    lines = 'hello\n/stats\n"""\ntwo\nlines\n"""\n/regen\n/show\n/clear\n/stats\n/bye\nnever read\n'
+    lines = 'hello\n/stats\n"""/two\nlines\n"""\n/regen\n/show\n/clear\n/stats\n/bye\nnever read\n'
     result = invoke("chat", str(talker()), "--seed", "1", *SMALL, stdin=lines)
     assert result.exit_code == 0
     assert result.stderr.count("[prompt ") == 3

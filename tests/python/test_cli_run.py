@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
-import time
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cli_tools import error_line, invoke, last_line, mute, shell, start, talker
+from cli_tools import COMMAND, environment, error_line, invoke, last_line, mute, shell, start, talker
 
 SMALL = ("--kv-budget", "64", "--kv-buffer", "32", "-b", "32")  # cells: 96
 
@@ -159,10 +160,11 @@ def test_broken_pipe_is_quiet() -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c(as_json: bool) -> None:
     args = ["run", str(talker()), "hi", "-c", "1000000", "--ignore-eos", "-t", "1", *SMALL]
-    process = start(*args, *(["--json"] if as_json else []))
-    assert process.stdout
-    if as_json:
-        time.sleep(5)
+    process = start(*args, *(["--json", "-v"] if as_json else []))
+    assert process.stdout and process.stderr
+    if as_json:  # nothing on stdout until the end; the log says when the context is there
+        while b"graph_reserve" not in process.stderr.readline():
+            assert process.poll() is None
     else:
         process.stdout.read(20)
     process.send_signal(signal.SIGINT)
@@ -201,6 +203,12 @@ def test_verbose_shows_the_log_and_silence_is_usual() -> None:
         (("hi", "-n", "-2"), 2, "-2"),
         (("hi", "-c", "-1"), 2, "ctx-size"),
         (("hi", "-t", "0"), 2, "threads"),
+        (("hi", "-t", "100000"), 2, "threads"),
+        (("hi", "--temp", "nan"), 2, "finite"),
+        (("hi", "--top-p", "nan"), 2, "finite"),
+        (("hi", "--repeat-penalty", "inf"), 2, "finite"),
+        (("hi", "--kv-budget", "33554432"), 2, "budget"),
+        (("hi", "--kv-buffer", "2000000"), 2, "buffer"),
         (("hi", "-ngl", "some"), 2, "some"),
         (("hi", "-ctk", "q3"), 2, "q3"),
         (("hi", "-ctv", "q8_0", "-fa", "off"), 2, "flash attention"),
@@ -231,6 +239,22 @@ def test_bad_prompts_on_stdin(data: bytes) -> None:
     result = invoke("run", "-", stdin=data)
     assert result.exit_code == 2
     assert "stdin" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("command", "closed", "code", "says"),
+    [
+        ("run", "<&-", 2, "stdin is closed"),
+        ("run hi", ">&-", 1, "stdout is closed"),
+        ("chat", "<&-", 1, "stdin is closed"),
+    ],
+)
+def test_closed_streams(command: str, closed: str, code: int, says: str) -> None:
+    line = f"{shlex.join(COMMAND)} {command} -n 2 {closed}"
+    done = subprocess.run(line, shell=True, env=environment(), capture_output=True, timeout=60)
+    assert done.returncode == code
+    assert done.stderr.decode().startswith("rkv-local: error: ") and says in done.stderr.decode()
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_bad_prompt_file(tmp_path: Path) -> None:

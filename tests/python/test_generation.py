@@ -156,7 +156,6 @@ def test_8000_tokens_in_1024_cells(smollm2: Model, prose: list[int]) -> None:
         # a compaction every 128 tokens; the graph of the other steps, and of most of those, is reused
         steps = total - 1 - 2000
         assert context.n_reused() - reused >= steps - 2 * (context.stats.compactions - compactions)
-        assert context.stats.t_compaction_us < 120e6
         newest = total - 1 - (total - 1152 - 1) % 128 - 8  # since the last compaction, and its window
         for layer in range(smollm2.n_layer):
             for h in range(smollm2.n_head_kv):

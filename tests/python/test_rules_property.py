@@ -36,11 +36,15 @@ TOLERANCE = 2e-4  # float32 against numpy's float64
 
 @dataclass
 class Sequence:
-    """What the rules say about one sequence. `sealed`: tokens that were there at its last compaction."""
+    """What the rules say about one sequence.
+
+    sealed: tokens that were there at its last compaction; exact: first position of the window then.
+    """
 
     forward: Forward = field(default_factory=lambda: Forward(SHAPE))
     held: list[int] = field(default_factory=lambda: [0] * SHAPE.n_layer)  # cells per layer
     sealed: int = 0
+    exact: int = 0
 
     @property
     def n(self) -> int:
@@ -91,6 +95,7 @@ class Rules(RuleBasedStateMachine):
     def compacted(self, s: Sequence) -> None:
         s.held = [min(h, b) for h, b in zip(s.held, self.budgets, strict=True)]
         s.sealed = s.n
+        s.exact = s.forward.visible[0][0][-self.options.spec.window :][0]  # all heads still have these
         self.compactions += 1
 
     @rule(data=st.data())
@@ -148,7 +153,7 @@ class Rules(RuleBasedStateMachine):
 
     @rule(seq=SEQS, back=st.integers(-3, 30), to_end=st.booleans())
     def remove_suffix(self, seq: int, back: int, to_end: bool) -> None:
-        """[n - back, end): exact after the last compaction, refused if it reaches the kept part before it."""
+        """[n - back, end): exact from the last compaction's window on, refused before it."""
         assert self.context
         s = self.seqs[seq]
         p0 = max(0, s.n - back)
@@ -158,27 +163,26 @@ class Rules(RuleBasedStateMachine):
         elif p0 == 0:
             assert done
             self.seqs[seq] = Sequence()
-        elif p0 >= s.sealed:
-            assert done
+        else:
+            assert done == (p0 >= s.exact)
+            if not done:
+                return
             s.truncate(p0)
+            s.sealed = min(s.sealed, s.n)
             if s.n == 0:
                 self.seqs[seq] = Sequence()
-        elif done:  # inside the window of the last compaction every head holds the same tokens
-            assert p0 >= s.sealed - self.options.spec.window
-            s.truncate(p0)
-            s.sealed = s.n
 
     @rule(seq=SEQS, p0=st.integers(-1, 40), length=st.integers(1, 20))
     def remove_from_the_front_or_middle(self, seq: int, p0: int, length: int) -> None:
-        """Refused where it reaches what was compacted. Elsewhere it may be done: then the rest closes up."""
+        """Refused where it reaches what was compacted before the window; else the rest closes up."""
         assert self.context
         s = self.seqs[seq]
         first, last = max(p0, 0), max(p0, 0) + length
         if last >= s.n or s.n == 0:
             return
         done = self.context.remove(seq, p0, last)
-        if done and first < last:
-            assert first >= s.sealed
+        assert done == (first >= s.exact)
+        if done:
             s.forget(first, last)
 
     @rule(seq=st.integers(-1, 2))

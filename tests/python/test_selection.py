@@ -350,6 +350,7 @@ BAD_ARGS: list[dict[str, int]] = [
     {"n_old": -1},
     {"n_old": 91},
     {"type_k": 9999},
+    {"type_k": 16},  # IQ2_XXS: no cache type, and ggml aborts without an importance matrix
     {"rope_n_rot": 66},  # wider than the head
     {"rope_n_rot": 7},
 ]

@@ -613,8 +613,8 @@ bool rkv_generic::run(ggml_backend_t home, ggml_cgraph * gf, const std::map<ggml
         ggml_tensor * node = ggml_graph_node(gf, i);
         switch (node->op) {
             case GGML_OP_VIEW: case GGML_OP_RESHAPE: case GGML_OP_PERMUTE: case GGML_OP_TRANSPOSE: break;
-            case GGML_OP_RKV: // select: small, and not every server of an RPC device knows it
-                ggml_backend_sched_set_tensor_backend(s.sched.get(), node, cpu);
+            case GGML_OP_RKV:
+                ggml_backend_sched_set_tensor_backend(s.sched.get(), node, rkv_has_kernel(dev, node) ? home : cpu);
                 break;
             default:
                 ggml_backend_sched_set_tensor_backend(s.sched.get(), node, ggml_backend_dev_supports_op(dev, node) ? home : cpu);
@@ -673,17 +673,28 @@ bool rkv_generic::pass(ggml_backend_t home, const rkv_generic_layer & layer, con
     scorer  sizes { probe, layer, job, split, {} };
     graph   g(dev, (scored ? sizes.n_nodes() : 0) + gather_nodes({ n_head, n_head, n_head, n_head }, n_keep));
 
-    ggml_tensor * z = scored ? scorer { g, layer, job, split, std::move(pos) }.build() :
-        g.input(GGML_TYPE_F32, std::vector<float>(n*n_head, 0.0f), n, n_head);
-    ggml_set_output(z->view_src ? z->view_src : z);
     ggml_tensor * jobs = g.input(GGML_TYPE_I32, std::vector<int32_t>(job, job + RKV_JOB_N), RKV_JOB_N);
-    ggml_tensor * idx  = g.expand(ggml_rkv_select(g(), z, jobs, n_keep, &layer.op));
+    ggml_tensor * z;
+    if (!scored) {
+        z = g.input(GGML_TYPE_F32, std::vector<float>(n*n_head, 0.0f), n, n_head);
+    } else {
+        ggml_tensor * rope = latest && layer.rope ? g.input(GGML_TYPE_F32, *layer.rope, layer.op.n_rot, layer.rope->size()/layer.op.n_rot) : nullptr;
+        z = ggml_rkv_score(g(), layer.k, layer.q, jobs, layer.pos, layer.aux, rope, &layer.op);
+        z = rkv_has_kernel(dev, z) ? z : scorer { g, layer, job, split, std::move(pos) }.build();
+    }
+    ggml_set_output(z->view_src ? z->view_src : z);
+    ggml_tensor * idx = g.expand(ggml_rkv_select(g(), z, jobs, n_keep, &layer.op));
     ggml_set_output(idx);
 
     ggml_tensor * rows = ggml_cont(g(), idx); // one copy to the device for all that follow
     rows = g.runs(rows) ? rows : idx;
     for (ggml_tensor * view : data(g())) {
-        move_rows(g, view, rows, job);
+        ggml_tensor * node = ggml_rkv_compact(g(), view, rows, jobs, &layer.op);
+        if (rkv_has_kernel(dev, node)) {
+            g.expand(node);
+        } else {
+            move_rows(g, view, rows, job);
+        }
     }
     if (!run(home, g.gf, g.inputs, result)) {
         return false;
@@ -691,10 +702,10 @@ bool rkv_generic::pass(ggml_backend_t home, const rkv_generic_layer & layer, con
     if (result) {
         result->rows.resize(n_keep*n_head);
         ggml_backend_tensor_get(idx, result->rows.data(), 0, ggml_nbytes(idx));
-        result->score.clear();
-        if (scored) {
-            result->score.resize(ggml_nelements(z));
-            ggml_backend_tensor_get(z, result->score.data(), 0, ggml_nbytes(z));
+        const int64_t n_cand = scored ? n - layer.op.window : 0;
+        result->score.resize(n_cand*n_head);
+        for (int64_t h = 0; h < n_head && scored; ++h) {
+            ggml_backend_tensor_get(z, result->score.data() + h*n_cand, h*z->nb[1], n_cand*sizeof(float));
         }
     }
     return true;
@@ -722,7 +733,7 @@ bool rkv_generic::gather(ggml_backend_t home, const int32_t * job, const std::ve
     return run(home, g.gf, g.inputs, nullptr);
 }
 
-bool rkv_generic::check(ggml_backend_dev_t dev, const views & data) const {
+bool rkv_generic::check(ggml_backend_dev_t dev, const views & data) {
     graph g(dev, 4096);
     for (ggml_tensor * view : data(g())) {
         int32_t job[RKV_JOB_N] = {};

@@ -47,7 +47,8 @@ public:
     // what it computes with beside a layer's own backend; set_threads is the caller's
     explicit rkv_generic(ggml_backend_t backend_cpu) : cpu(backend_cpu) {}
 
-    // positions, score, select and compact of one job (RKV_JOB_N values). new_pos: indexed by row + RKV_JOB_SHIFT.
+    // Positions, score, select and compact of one job (RKV_JOB_N values); a step that the device has a kernel for is
+    // left to it. new_pos: indexed by row + RKV_JOB_SHIFT.
     bool pass(ggml_backend_t home, const rkv_generic_layer & layer, const int32_t * job, const int32_t * new_pos,
             const views & data, rkv_generic_result * result = nullptr);
 
@@ -55,7 +56,7 @@ public:
     bool gather(ggml_backend_t home, const int32_t * job, const std::vector<int32_t> & rows, const views & data);
 
     // Could the device that holds a layer run it? Only copies into the cache cannot go elsewhere.
-    bool check(ggml_backend_dev_t dev, const views & data) const;
+    static bool check(ggml_backend_dev_t dev, const views & data);
 
     // F32 products come in pieces that even TF32 and F16 units multiply exactly; for tests
     bool force_split = false;

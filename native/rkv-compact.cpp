@@ -396,10 +396,11 @@ bool rkv_cache::compact_now(llama_seq_id seq_id) {
 
 // Which devices run the pass themselves, and do the others know what the generic path is made of?
 bool rkv_cache::check_devices() {
+    size_t n_generic = 0;
     for (auto & l : layers) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer));
-        if (!dev) {
-            continue;
+        if (!dev) { // main memory
+            dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
         }
         ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*32, nullptr, true }) };
         const rkv_op_params op = scorer_params(l);
@@ -415,10 +416,14 @@ bool rkv_cache::check_devices() {
             nodes.push_back(ggml_rkv_compact(ctx.get(), view, idx, jobs, &op));
         }
         l.generic = !std::all_of(nodes.begin(), nodes.end(), [dev](const ggml_tensor * t) { return rkv_has_kernel(dev, t); });
+        n_generic += l.generic;
         if (l.generic && !rkv_generic::check(dev, generic_views(l))) {
             return rkv_set_error("layer %u's cache is on %s, which can neither compact it nor move its rows: keep the cache in "
                 "main memory (offload_kqv=false, --no-kv-offload)", l.il, ggml_backend_dev_name(dev));
         }
+    }
+    if (n_generic > 0) {
+        LLAMA_LOG_INFO("%s: no compaction kernels for %zu of %zu layers: they are built from other ops\n", __func__, n_generic, layers.size());
     }
     return true;
 }

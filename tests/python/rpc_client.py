@@ -88,7 +88,7 @@ class RemoteModel(Model):
 
     def adjust(self, mparams: llama_cpp.llama_model_params) -> None:
         mparams.n_gpu_layers = 99
-        mparams.devices = ctypes.cast(self._devices, type(mparams.devices))
+        mparams.devices = ctypes.addressof(self._devices)
 
 
 def main() -> None:

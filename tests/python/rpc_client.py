@@ -1,6 +1,7 @@
-"""Greedy tokens of a model whose layers lie on RPC servers, as JSON. A process of its own: a device stays registered.
+"""Greedy tokens of a model whose layers lie on RPC servers. A process of its own: a device stays registered.
 
-python rpc_client.py MODEL POLICY PREFIX_LENGTH N ENDPOINT...
+python rpc_client.py MODEL POLICY TEXT N ENDPOINT...    prints JSON
+python rpc_client.py serve ENDPOINT                     is a server of this machine's CPU
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ _lib.prepare()
 import llama_cpp  # noqa: E402  (prepare() says which library it loads)
 from llama_cpp import _logger  # noqa: E402
 
-_ggml_library = next((p for p in sorted(Path(llama_cpp.llama_cpp._lib._name).parent.glob("*ggml-rpc.*"))), None)
+_libraries = Path(llama_cpp.llama_cpp._lib._name).parent
+_rpc_library = next(iter(sorted(_libraries.glob("*ggml-rpc.*"))), None)
 
 
 def has_rpc() -> bool:
     """The libraries were built with -DGGML_RPC=ON."""
-    return _ggml_library is not None
+    return _rpc_library is not None
 
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
     """What llama.cpp logs meanwhile."""
     lines: list[str] = []
-    callback = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode(errors="replace")))
+    callback = llama_cpp.llama_log_callback(
+        lambda _level, text, _data: lines.append(text.decode(errors="replace"))
+    )
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield lines
@@ -51,12 +55,14 @@ def greedy(context: Context, prompt: list[int], n: int) -> list[int]:
 
 def budget_options(policy: str, n_threads: int) -> Options:
     """A budget of 256 that is reached again and again."""
-    return Options(ref.Spec(policy, budget=256), 64, 64, n_ctx=2048, n_threads=n_threads, type_k="f16", type_v="f16")
+    return Options(
+        ref.Spec(policy, budget=256), 64, 64, n_ctx=2048, n_threads=n_threads, type_k="f16", type_v="f16"
+    )
 
 
 def serve(endpoint: str) -> None:
     """Never returns."""
-    rpc, base = ctypes.CDLL(str(_ggml_library)), _base()
+    rpc, base = ctypes.CDLL(str(_rpc_library)), _base()
     base.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     cpu = base.ggml_backend_dev_by_type(0)
     rpc.ggml_backend_rpc_start_server(
@@ -65,15 +71,14 @@ def serve(endpoint: str) -> None:
 
 
 def _base() -> ctypes.CDLL:
-    folder = Path(llama_cpp.llama_cpp._lib._name).parent
-    return ctypes.CDLL(str(next(p for p in sorted(folder.glob("*ggml.*")) if p.is_file())))
+    return ctypes.CDLL(str(next(iter(sorted(_libraries.glob("*ggml.*"))))))
 
 
 class RemoteModel(Model):
     """All layers on RPC servers, shared out evenly."""
 
     def __init__(self, path: Path, endpoints: list[str]) -> None:
-        rpc, base = ctypes.CDLL(str(_ggml_library)), _base()
+        rpc, base = ctypes.CDLL(str(_rpc_library)), _base()
         rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
         base.ggml_backend_reg_dev_get.restype = ctypes.c_void_p
         devices = []

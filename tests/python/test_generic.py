@@ -1,4 +1,4 @@
-"""The compaction out of other ops (docs/backends.md): forced on the CPU, and on layers that RPC servers hold."""
+"""The compaction out of other ops (docs/backends.md): forced on the CPU, and over RPC servers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_forced_on_the_cpu(
 def test_kept_sets_of_latest(
     smollm2: Model, prose: list[int], monkeypatch: pytest.MonkeyPatch, flash: int, type_k: str, type_v: str
 ) -> None:
-    """Copies of a token in layer 0 tie to the last bits, so greedy tokens may part: each pass is checked by itself."""
+    """Each pass by itself: copies of a token tie in layer 0 to the last bits, and greedy tokens part."""
     monkeypatch.setenv("RKV_GENERIC", "1")
     options = replace(budget_options("latest", THREADS), flash_attn=bool(flash), type_k=type_k, type_v=type_v)
     tally = ref.Tally()

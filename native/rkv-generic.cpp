@@ -213,7 +213,7 @@ struct scorer {
     // inputs
     ggml_tensor * queries = nullptr; // [n_embd, n_group*n_query, n_head]
     ggml_tensor * off_diagonal = nullptr, * newness = nullptr, * least = nullptr; // rkv
-    ggml_tensor * not_later = nullptr, * none = nullptr, * hadamard = nullptr, * rope = nullptr, * at_lo = nullptr, * at_hi = nullptr; // latest
+    ggml_tensor * not_later = nullptr, * none = nullptr, * column = nullptr, * hadamard = nullptr, * rope = nullptr, * at_lo = nullptr, * at_hi = nullptr; // latest
     ggml_tensor * aux_cur = layer.aux;
 
     //
@@ -383,18 +383,21 @@ struct scorer {
         return (begin + row)*layer.aux->nb[1] + h*layer.aux->nb[2] + job[RKV_JOB_STREAM]*layer.aux->nb[3];
     }
 
-    // the highest along dimension 0, descending: [n_sim, rows, heads]
+    // The highest along dimension 0, descending: [n_sim, rows, heads]. One after the other is taken away, the last of
+    // equals first: sorting is what backends differ in most.
     ggml_tensor * highest(ggml_tensor * x) const {
-        if (par.n_sim == 1) {
-            return ggml_pool_2d(g(), x, GGML_OP_POOL_MAX, x->ne[0], 1, x->ne[0], 1, 0, 0);
+        const auto top = [&](ggml_tensor * t) { return ggml_pool_2d(g(), t, GGML_OP_POOL_MAX, t->ne[0], 1, t->ne[0], 1, 0, 0); };
+        ggml_tensor * res = top(x);
+        ggml_tensor * max = res;
+        for (int s = 1; s < par.n_sim; ++s) {
+            ggml_tensor * w = ggml_step(g(), ggml_scale_bias(g(), ggml_sub(g(), x, max), 1.0f, 1e-30f)); // 1 where equal
+            w   = ggml_mul(g(), w, column);
+            w   = ggml_step(g(), ggml_sub(g(), w, ggml_scale_bias(g(), top(w), 1.0f, -0.5f)));
+            x   = ggml_sub(g(), x, ggml_scale(g(), w, 64.0f));
+            max = top(x);
+            res = ggml_concat(g(), res, max, 0);
         }
-        const int64_t m = x->ne[1]*x->ne[2];
-        const auto pick = [&](ggml_tensor * t, ggml_tensor * idx) {
-            return ggml_get_rows(g(), ggml_reshape_3d(g(), t, 1, ggml_nelements(t)/m, m), ggml_reshape_2d(g(), idx, par.n_sim, m));
-        };
-        ggml_tensor * y = pick(x, ggml_top_k(g(), ggml_reshape_2d(g(), x, x->ne[0], m), par.n_sim));
-        y = pick(y, ggml_argsort(g(), ggml_reshape_2d(g(), y, par.n_sim, m), GGML_SORT_ORDER_DESC)); // top_k's order is any
-        return ggml_reshape_3d(g(), y, par.n_sim, x->ne[1], x->ne[2]);
+        return res;
     }
 
     ggml_tensor * later_similarity(ggml_tensor * k, int64_t h, int64_t nh) {
@@ -472,6 +475,11 @@ struct scorer {
             }
             not_later = g.input(GGML_TYPE_F32, band, BLOCK, n + n_new);
             none      = g.input(GGML_TYPE_F32, std::vector<float>(par.n_sim*BLOCK*n_head, -1.0f), par.n_sim, BLOCK, n_head);
+            std::vector<float> order(n_new + par.n_sim);
+            for (size_t j = 0; j < order.size(); ++j) {
+                order[j] = j + 1;
+            }
+            column = g.input(GGML_TYPE_F32, order, order.size());
             if (par.n_hadamard > 0) {
                 const int m = par.n_hadamard;
                 std::vector<float> had(m*m);
@@ -536,7 +544,7 @@ struct scorer {
 
     size_t n_nodes() const {
         const size_t n_chunk = (n_head + heads_at_once() - 1)/heads_at_once();
-        return n_chunk*(160 + 36*(n/BLOCK + 3));
+        return n_chunk*(160 + (28 + 14*par.n_sim)*(n/BLOCK + 3));
     }
 };
 

@@ -58,11 +58,13 @@ public:
     // Could the device that holds a layer run it? Only copies into the cache cannot go elsewhere.
     static bool check(ggml_backend_dev_t dev, const views & data);
 
+    // Does the device multiply F32 as F32? Measured once; where it does not, products come in pieces.
+    bool is_exact(ggml_backend_t home);
+
     // F32 products come in pieces that even TF32 and F16 units multiply exactly; for tests
     bool force_split = false;
 
 private:
-    bool is_exact(ggml_backend_t home);
     bool run(ggml_backend_t home, ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<uint8_t>> & inputs,
             rkv_generic_result * result);
 

@@ -161,6 +161,7 @@ int main(int argc, char ** argv) {
     rkv_generic generic(cpu.get());
 
     force(true);
+    printf("F32 products are %s on %s\n", generic.is_exact(home) ? "exact" : "rounded", ggml_backend_name(home));
     int n_failed = test_gather(home, generic), n_run = 0;
     static const char * const modes[] = { "", " (split)", " (kernels where there are some)" };
     for (int mode = 0; mode < 3; ++mode) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "rkv.h"
+#include "rkv-generic.h"
 #include "rkv-ops.h"
 
 #include "ggml-cpp.h"
@@ -70,7 +71,7 @@ public:
     bool compact_now(llama_seq_id seq_id);
     bool close_holes(uint32_t strm); // after it the rows of a sequence are contiguous; false: failed to compute
     bool all_captured() const;
-    bool check_devices() const; // false: a layer's device has no kernels for the pass
+    bool check_devices(); // which layers take the generic path; false: a layer's device can run neither
     int32_t seq_used(llama_seq_id seq_id) const;
 
     const rkv_params & get_params() const { return params; }
@@ -88,6 +89,7 @@ public:
         float    scale_mul = 1.0f; // attention scale beside the graph's kq_scale
         int32_t  rope = -1; // index into ropes
         bool     captured = false;
+        bool     generic  = false; // its device has no kernels for the pass
     };
 
     struct group_t {
@@ -128,6 +130,9 @@ private:
     bool compact_some(const std::vector<uint32_t> & strms);
     bool run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
              const std::map<ggml_tensor *, const std::vector<float> *> & tables);
+    bool init_backends();
+    rkv_generic_layer  generic_layer(const layer_t & layer) const;
+    rkv_generic::views generic_views(const layer_t & layer) const;
     uint32_t used_end(uint32_t strm) const;
     void     reset_if_empty(uint32_t strm);
     ggml_backend_t backend_of(const ggml_tensor * t) const;
@@ -152,6 +157,7 @@ private:
     ggml_backend_ptr       backend_cpu; // of our own: no abort callback may stop a pass half-way
     ggml_backend_sched_ptr sched;
     std::vector<ggml_backend_t> backends;
+    std::unique_ptr<rkv_generic> generic;
 
     uint64_t n_compactions = 0;
     uint64_t t_us          = 0;

@@ -64,9 +64,7 @@ ggml_backend_t rkv_cache::backend_of(const ggml_tensor * t) const {
     return backends.back();
 }
 
-// Runs a graph whose nodes all work on cache tensors. Inputs are set between allocation and computation.
-bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
-        const std::map<ggml_tensor *, const std::vector<float> *> & tables) {
+bool rkv_cache::init_backends() {
     if (!sched) {
         backend_cpu.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
         if (!backend_cpu) {
@@ -82,13 +80,30 @@ bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<
         backends.push_back(backend_cpu.get());
         const size_t size = layers.size()*NODES_PER_LAYER*4 + 64;
         sched.reset(ggml_backend_sched_new(backends.data(), nullptr, backends.size(), size, false, false));
+        generic = std::make_unique<rkv_generic>(backend_cpu.get());
     }
     auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_cpu.get()));
     auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
     if (set_n_threads) {
         set_n_threads(backend_cpu.get(), lctx->n_threads());
     }
+    return true;
+}
 
+rkv_generic_layer rkv_cache::generic_layer(const layer_t & l) const {
+    return { l.k, l.q, l.pos, l.aux, params.policy == RKV_POLICY_LATEST ? rope_table(l) : nullptr, scorer_params(l) };
+}
+
+rkv_generic::views rkv_cache::generic_views(const layer_t & l) const {
+    return [this, &l](ggml_context * ctx) { return gathered(ctx, l, hparams(), v_transposed()); };
+}
+
+// Runs a graph whose nodes all work on cache tensors. Inputs are set between allocation and computation.
+bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
+        const std::map<ggml_tensor *, const std::vector<float> *> & tables) {
+    if (ggml_graph_n_nodes(gf) == 0) { // all layers took the generic path
+        return true;
+    }
     ggml_backend_sched_reset(sched.get());
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         ggml_tensor * node = ggml_graph_node(gf, i);
@@ -137,6 +152,9 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
 // No sequence has holes, and each reaches beyond row n_budget_max: so every group's rows move towards the front.
 bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
     const int64_t n_jobs = strms.size();
+    if (!init_backends()) {
+        return false;
+    }
 
     ggml_init_params ip = {
         /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(NODES_PER_LAYER + 5) + 4*groups.size() + 16) +
@@ -200,6 +218,18 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
     for (const auto & l : layers) {
         const group_io & g = io[l.group];
 
+        for (int64_t i = 0; i < n_jobs; ++i) {
+            const int32_t * job = g.job_data.data() + i*RKV_JOB_N;
+            evicted += (double) l.n_head_kv*(job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - job[RKV_JOB_KEEP]);
+            if (l.generic && !generic->pass(backend_of(l.k), generic_layer(l), job, new_pos_data.data() + i*n_cells(), generic_views(l))) {
+                return rkv_set_error("the compaction of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
+            }
+        }
+        heads += l.n_head_kv;
+        if (l.generic) {
+            continue;
+        }
+
         ggml_tensor * rope = nullptr;
         if (params.policy == RKV_POLICY_LATEST && l.rope >= 0) {
             const auto * table = rope_table(l);
@@ -219,11 +249,6 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
             ggml_build_forward_expand(gf, ggml_rkv_compact(ctx.get(), view, idx, g.jobs, &op));
         }
-        for (int64_t i = 0; i < n_jobs; ++i) {
-            const int32_t * job = g.job_data.data() + i*RKV_JOB_N;
-            evicted += (double) l.n_head_kv*(job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - job[RKV_JOB_KEEP]);
-        }
-        heads += l.n_head_kv;
     }
 
     if (!run(gf, inputs, tables)) {
@@ -278,6 +303,9 @@ bool rkv_cache::close_holes(uint32_t strm) {
     if (end - first == c.get_used()) {
         return true;
     }
+    if (!init_backends()) {
+        return false;
+    }
 
     std::vector<uint32_t> used;
     uint32_t old_used = 0;
@@ -321,6 +349,12 @@ bool rkv_cache::close_holes(uint32_t strm) {
             job[RKV_JOB_DST]    = std::max(first, off) - off;
             data.resize(n_cells(), 0);
         }
+        if (l.generic) {
+            if (!generic->gather(backend_of(l.k), inputs[jobs].data(), inputs[rows], generic_views(l))) {
+                return rkv_set_error("closing holes of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
+            }
+            continue;
+        }
         for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
             ggml_build_forward_expand(gf, ggml_rkv_compact(ctx.get(), view, rows, jobs, &l.op));
         }
@@ -360,18 +394,36 @@ bool rkv_cache::compact_now(llama_seq_id seq_id) {
     return compact({ (uint32_t) s });
 }
 
-// Would the devices that hold the layers run the pass?
-bool rkv_cache::check_devices() const {
-    ggml_init_params ip = { ggml_tensor_overhead()*16, nullptr, true };
-    for (const auto & l : layers) {
-        ggml_context_ptr ctx { ggml_init(ip) };
-        ggml_tensor * jobs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
-        ggml_tensor * node = ggml_rkv_score(ctx.get(), l.k, l.q, jobs, l.pos, l.aux, nullptr, &l.op);
+// Which devices run the pass themselves, and do the others know what the generic path is made of?
+bool rkv_cache::check_devices() {
+    size_t n_generic = 0;
+    for (auto & l : layers) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer));
-        if (dev && !ggml_backend_dev_supports_op(dev, node)) {
-            return rkv_set_error("layer %u's cache is on %s, which has no compaction kernels yet: keep the cache in "
+        if (!dev) { // main memory
+            dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        }
+        ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*32, nullptr, true }) };
+        const rkv_op_params op = scorer_params(l);
+        ggml_tensor * jobs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
+        ggml_tensor * rope = params.policy == RKV_POLICY_LATEST && l.rope >= 0 ?
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, op.n_rot, RKV_ROPE_LO + 1) : nullptr;
+        ggml_tensor * pos   = ggml_rkv_positions(ctx.get(), l.pos, ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_cells(), 1), jobs, &op);
+        ggml_tensor * score = ggml_rkv_score    (ctx.get(), l.k, l.q, jobs, pos, l.aux, rope, &op);
+        ggml_tensor * idx   = ggml_rkv_select   (ctx.get(), score, jobs, groups[l.group].budget, &op);
+
+        std::vector<ggml_tensor *> nodes = { pos, score, idx };
+        for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
+            nodes.push_back(ggml_rkv_compact(ctx.get(), view, idx, jobs, &op));
+        }
+        l.generic = !std::all_of(nodes.begin(), nodes.end(), [dev](const ggml_tensor * t) { return rkv_has_kernel(dev, t); });
+        n_generic += l.generic;
+        if (l.generic && !rkv_generic::check(dev, generic_views(l))) {
+            return rkv_set_error("layer %u's cache is on %s, which can neither compact it nor move its rows: keep the cache in "
                 "main memory (offload_kqv=false, --no-kv-offload)", l.il, ggml_backend_dev_name(dev));
         }
+    }
+    if (n_generic > 0) {
+        LLAMA_LOG_INFO("%s: no compaction kernels for %zu of %zu layers: they are built from other ops\n", __func__, n_generic, layers.size());
     }
     return true;
 }

@@ -21,7 +21,7 @@ struct rkv_pending {
     const llama_cparams * cparams = nullptr;
 
     bool taken  = false; // a cache has it
-    const rkv_cache * cache = nullptr; // that one
+    rkv_cache * cache = nullptr; // that one
     bool failed = false;
 };
 

@@ -3,6 +3,7 @@ set(RKV_LLAMA_SOURCES
     rkv-api.cpp
     rkv-cache.cpp
     rkv-compact.cpp
+    rkv-generic.cpp
     rkv-graph.cpp
     rkv-init.cpp
     rkv-ops.cpp

@@ -234,6 +234,7 @@ class Model:
     def __init__(self, path: Path) -> None:
         mparams = llama_cpp.llama_model_default_params()
         mparams.n_gpu_layers = 0
+        self.adjust(mparams)
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), mparams)
         if not self.model:
             raise NativeError(f"{path} did not load")
@@ -242,6 +243,9 @@ class Model:
         self.n_head_kv = llama_cpp.llama_model_n_head_kv(self.model)
         self.d_head = llama_cpp.llama_model_n_embd(self.model) // self.n_head
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def adjust(self, mparams: llama_cpp.llama_model_params) -> None:
+        """Where the layers go; for subclasses."""
 
     def tokenize(self, text: str) -> list[int]:
         raw, vocab = text.encode(), llama_cpp.llama_model_get_vocab(self.model)

@@ -168,8 +168,8 @@ function(rkv_add_metal_emulation tree)
     rkv_write_metal_kernels("${CMAKE_CURRENT_BINARY_DIR}/metal/rkv.metal")
     target_sources(${name} PRIVATE "${dir}/emulator.cpp" "${dir}/kernels.cpp" "${RKV_NATIVE_DIR}/metal/rkv-metal.cpp")
     set_property(SOURCE "${dir}/kernels.cpp" APPEND PROPERTY OBJECT_DEPENDS "${CMAKE_CURRENT_BINARY_DIR}/metal/rkv.metal")
-    target_include_directories(${name} PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/metal" "${RKV_NATIVE_DIR}/metal" "${dir}"
-        "${metal}" "${metal}/kernels")
+    target_include_directories(${name} BEFORE PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/metal" "${RKV_NATIVE_DIR}/metal" "${dir}"
+        "${metal}" "${metal}/kernels") # ggml-cpu has a common.h too
 
     add_library(rkv-metal-host OBJECT EXCLUDE_FROM_ALL "${metal}/ggml-metal-ops.cpp" "${metal}/ggml-metal.cpp")
     target_compile_features(rkv-metal-host PRIVATE cxx_std_17)

@@ -82,7 +82,7 @@ struct rkv_metal_select_args {
     int32_t  pin;
 };
 
-// words are of 4, 2 or 1 bytes; strides in words
+// words are of 4 or 2 bytes; strides in words
 struct rkv_metal_compact_args {
     uint64_t step, line, stream;
     uint64_t idx_line, idx_job; // bytes

@@ -5,8 +5,10 @@
 #include "rkv-policy.h"
 
 #include "ggml-backend-impl.h"
+#include "ggml-impl.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -23,6 +25,13 @@ static_assert(RKV_METAL_FLAG_REFERENCE == RKV_FLAG_REFERENCE && RKV_METAL_FLAG_R
 
 static constexpr size_t  THREADGROUP_MEMORY = 32768; // bytes, of every Apple GPU
 static constexpr int64_t MAX_HEAD           = 1024;
+
+static std::atomic<bool> have_kernels { true };
+
+void rkv_metal_no_kernels(const char * reason) {
+    have_kernels = false;
+    GGML_LOG_WARN("rkv: the Metal kernels did not compile, compactions are made of other ops: %s\n", reason);
+}
 
 static rkv_op_params params_of(const ggml_tensor * op) {
     rkv_op_params par;
@@ -61,17 +70,24 @@ static bool supports_score(const ggml_tensor * op, const rkv_op_params & par) {
             (op->src[4] && par.n_sim >= 1 && par.n_sim <= RKV_METAL_MAX_SIM && op->src[4]->ne[0] >= par.n_sim));
 }
 
+// the largest words that a gather can move
+static uint64_t word_size(const ggml_tensor * op, size_t offs) {
+    const uint64_t all = ggml_row_size(op->type, op->ne[0]) | op->nb[1] | op->nb[2] | op->nb[3] | offs;
+    return all % 4 == 0 ? 4 : all % 2 == 0 ? 2 : 1;
+}
+
 bool rkv_metal_supports_op(const ggml_tensor * op, bool has_simdgroup_reduction) {
     const char * wanted = getenv("RKV_METAL_KERNELS");
-    if (!has_simdgroup_reduction || (wanted && strcmp(wanted, "0") == 0)) {
+    if (!has_simdgroup_reduction || !have_kernels || (wanted && strcmp(wanted, "0") == 0)) {
         return false;
     }
     const rkv_op_params par = params_of(op);
     switch (par.sub_op) {
         case RKV_SUB_OP_POSITIONS:
         case RKV_SUB_OP_SELECT:
-        case RKV_SUB_OP_COMPACT:
             return true;
+        case RKV_SUB_OP_COMPACT:
+            return word_size(op, op->view_offs) >= 2;
         case RKV_SUB_OP_SCORE:
             return supports_score(op, par);
         default:
@@ -264,9 +280,7 @@ static void encode_compact(launcher & launch, ggml_tensor * op) {
     const ggml_tensor * jobs = op->src[2];
 
     const ggml_metal_buffer_id data = buffer_of(op);
-    const uint64_t unit = ggml_row_size(op->type, op->ne[0]);
-    const uint64_t all  = unit | op->nb[1] | op->nb[2] | op->nb[3] | data.offs;
-    const uint64_t word = all % 4 == 0 ? 4 : all % 2 == 0 ? 2 : 1;
+    const uint64_t word = word_size(op, data.offs);
 
     rkv_metal_compact_args args = {};
     args.step     = op->nb[1]/word;
@@ -275,9 +289,9 @@ static void encode_compact(launcher & launch, ggml_tensor * op) {
     args.idx_line = idx->nb[1];
     args.idx_job  = idx->nb[2];
     args.job_size = jobs->nb[1];
-    args.unit     = unit/word;
+    args.unit     = ggml_row_size(op->type, op->ne[0])/word;
     args.ratio    = op->ne[2]/idx->ne[1];
-    launch(word == 4 ? "kernel_rkv_compact_4" : word == 2 ? "kernel_rkv_compact_2" : "kernel_rkv_compact_1", args,
+    launch(word == 4 ? "kernel_rkv_compact_4" : "kernel_rkv_compact_2", args,
         { data, buffer_of(idx), buffer_of(jobs) }, 0, op->ne[2], jobs->ne[1], 1, RKV_METAL_THREADS);
 }
 

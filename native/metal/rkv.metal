@@ -874,16 +874,6 @@ kernel void kernel_rkv_compact_2(
     rkv_compact_words(args, data, idx, jobs, tgpig, tiitg);
 }
 
-kernel void kernel_rkv_compact_1(
-        constant rkv_metal_compact_args & args,
-        device       uint8_t * data,
-        device const char    * idx,
-        device const char    * jobs,
-        uint3  tgpig[[threadgroup_position_in_grid]],
-        ushort tiitg[[thread_index_in_threadgroup]]) {
-    rkv_compact_words(args, data, idx, jobs, tgpig, tiitg);
-}
-
 // positions of new cells to all heads; grid: heads, jobs
 kernel void kernel_rkv_positions(
         constant rkv_metal_positions_args & args,

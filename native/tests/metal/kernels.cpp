@@ -46,8 +46,6 @@ struct { const char * name; emulator_kernel run; } const kernels[] = {
         b.buffers[2], b.buffers[3], group_of(t), t.index); } },
     { "kernel_rkv_compact_2", [](B b, T t) { kernel_rkv_compact_2(args_of<rkv_metal_compact_args>(b), (uint16_t *) b.buffers[1],
         b.buffers[2], b.buffers[3], group_of(t), t.index); } },
-    { "kernel_rkv_compact_1", [](B b, T t) { kernel_rkv_compact_1(args_of<rkv_metal_compact_args>(b), (uint8_t *) b.buffers[1],
-        b.buffers[2], b.buffers[3], group_of(t), t.index); } },
     { "kernel_rkv_positions", [](B b, T t) { kernel_rkv_positions(args_of<rkv_metal_positions_args>(b), b.buffers[1],
         b.buffers[2], b.buffers[3], group_of(t), t.index); } },
 };

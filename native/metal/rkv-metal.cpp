@@ -5,7 +5,6 @@
 #include "rkv-policy.h"
 
 #include "ggml-backend-impl.h"
-#include "ggml-impl.h"
 
 #include <algorithm>
 #include <atomic>
@@ -28,10 +27,7 @@ static constexpr int64_t MAX_HEAD           = 1024;
 
 static std::atomic<bool> have_kernels { true };
 
-void rkv_metal_no_kernels(const char * reason) {
-    have_kernels = false;
-    GGML_LOG_WARN("rkv: the Metal kernels did not compile, compactions are made of other ops: %s\n", reason);
-}
+void rkv_metal_no_kernels() { have_kernels = false; }
 
 static rkv_op_params params_of(const ggml_tensor * op) {
     rkv_op_params par;

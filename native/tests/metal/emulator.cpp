@@ -9,12 +9,13 @@
 #include "rkv-metal.h"
 
 #include "ggml-backend-impl.h"
-#include "ggml-impl.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -374,7 +375,7 @@ ggml_metal_buffer_id ggml_metal_buffer_get_id(ggml_metal_buffer_t buf, const ggm
 // the backend
 //
 
-static void buffer_free(ggml_backend_buffer_t buffer) { ggml_aligned_free(buffer->context, buffer->size); }
+static void buffer_free(ggml_backend_buffer_t buffer) { free(buffer->context); }
 static void * buffer_base(ggml_backend_buffer_t buffer) { return buffer->context; }
 static void buffer_memset(ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offset, size_t size) { memset((char *) t->data + offset, value, size); }
 static void buffer_set(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) { memcpy((char *) t->data + offset, data, size); }
@@ -384,7 +385,7 @@ static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) { memset(b
 static const char * device_name(ggml_backend_dev_t)         { return "MetalEmulated"; }
 static const char * backend_name(ggml_backend_t)            { return "MetalEmulated"; }
 static const char * buft_name(ggml_backend_buffer_type_t)   { return "MetalEmulated"; }
-static size_t buft_alignment(ggml_backend_buffer_type_t)    { return 32; }
+static size_t buft_alignment(ggml_backend_buffer_type_t)    { return 16; }
 
 static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     ggml_backend_buffer_i iface = {};
@@ -394,7 +395,7 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
     iface.set_tensor    = buffer_set;
     iface.get_tensor    = buffer_get;
     iface.clear         = buffer_clear;
-    return ggml_backend_buffer_init(buft, iface, ggml_aligned_malloc(size), size);
+    return ggml_backend_buffer_init(buft, iface, malloc(size), size);
 }
 
 static size_t own_size(const ggml_tensor * t) {

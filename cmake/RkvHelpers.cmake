@@ -90,8 +90,29 @@ function(rkv_add_sources target)
     endif()
 endfunction()
 
+# native/metal/rkv.metal with its header in it: a Metal library is compiled from one text.
+function(rkv_write_metal_kernels file)
+    set(dir "${RKV_NATIVE_DIR}/metal")
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${dir}/rkv.metal" "${dir}/rkv-metal-args.h")
+    file(READ "${dir}/rkv.metal" text)
+    file(READ "${dir}/rkv-metal-args.h" header)
+    string(REPLACE "#pragma once\n" "" header "${header}")
+    string(REPLACE "#include \"rkv-metal-args.h\"\n" "${header}" text "${text}")
+    set(before)
+    if (EXISTS "${file}")
+        file(READ "${file}" before)
+    endif()
+    if (NOT before STREQUAL text)
+        file(WRITE "${file}" "${text}")
+    endif()
+endfunction()
+
 function(rkv_add_native tree)
     foreach (target IN LISTS ARGN)
+        if (target STREQUAL "ggml-metal")
+            target_include_directories(${target} PRIVATE "${RKV_NATIVE_DIR}" "${RKV_NATIVE_DIR}/metal" "${tree}/ggml/src/ggml-metal")
+            rkv_add_sources(${target} ${RKV_GGML_METAL_SOURCES})
+        endif()
         if (target MATCHES "^(llama|ggml-base|ggml-cpu.*)$")
             target_include_directories(${target} PRIVATE "${RKV_NATIVE_DIR}" "${RKV_NATIVE_DIR}/cpu"
                 "${tree}/ggml/src" "${tree}/ggml/src/ggml-cpu")
@@ -107,6 +128,9 @@ endfunction()
 # native/tests/test-NAME.cpp -> a program and a CTest entry each; `cmake --build BUILD --target rkv-tests`.
 function(rkv_add_native_tests tree)
     file(GLOB sources CONFIGURE_DEPENDS "${RKV_NATIVE_DIR}/tests/test-*.cpp")
+    if (WIN32) # no ucontext
+        list(FILTER sources EXCLUDE REGEX "metal-emulated")
+    endif()
     add_custom_target(rkv-tests)
 
     # the cases that every backend is held to
@@ -131,4 +155,25 @@ function(rkv_add_native_tests tree)
         add_test(NAME ${name} COMMAND ${name})
         add_dependencies(rkv-tests ${name})
     endforeach()
+    if (NOT WIN32)
+        rkv_add_metal_emulation("${tree}")
+    endif()
+endfunction()
+
+# The Metal kernels compiled as C++ (docs/metal.md); and the patched C++ files of ggml-metal, which need no Apple compiler.
+function(rkv_add_metal_emulation tree)
+    set(name test-rkv-metal-emulated)
+    set(dir "${RKV_NATIVE_DIR}/tests/metal")
+    set(metal "${tree}/ggml/src/ggml-metal")
+    rkv_write_metal_kernels("${CMAKE_CURRENT_BINARY_DIR}/metal/rkv.metal")
+    target_sources(${name} PRIVATE "${dir}/emulator.cpp" "${dir}/kernels.cpp" "${RKV_NATIVE_DIR}/metal/rkv-metal.cpp")
+    set_property(SOURCE "${dir}/kernels.cpp" APPEND PROPERTY OBJECT_DEPENDS "${CMAKE_CURRENT_BINARY_DIR}/metal/rkv.metal")
+    target_include_directories(${name} BEFORE PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/metal" "${RKV_NATIVE_DIR}/metal" "${dir}"
+        "${metal}" "${metal}/kernels") # ggml-cpu has a common.h too
+
+    add_library(rkv-metal-host OBJECT EXCLUDE_FROM_ALL "${metal}/ggml-metal-ops.cpp" "${metal}/ggml-metal.cpp")
+    target_compile_features(rkv-metal-host PRIVATE cxx_std_17)
+    target_compile_options(rkv-metal-host PRIVATE -include memory) # std::unique_ptr, which Apple's <mutex> brings along
+    target_include_directories(rkv-metal-host PRIVATE "${RKV_NATIVE_DIR}/metal" "${metal}" "${tree}/ggml/src" "${tree}/ggml/include")
+    add_dependencies(rkv-tests rkv-metal-host)
 endfunction()

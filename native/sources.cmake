@@ -18,3 +18,6 @@ set(RKV_GGML_CPU_SOURCES
     cpu/rkv-cpu.cpp
     cpu/rkv-scorer.cpp
 )
+set(RKV_GGML_METAL_SOURCES
+    metal/rkv-metal.cpp
+)

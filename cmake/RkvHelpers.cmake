@@ -106,15 +106,25 @@ endfunction()
 
 # native/tests/test-NAME.cpp -> a program and a CTest entry each; `cmake --build BUILD --target rkv-tests`.
 function(rkv_add_native_tests tree)
-    file(GLOB sources CONFIGURE_DEPENDS "${RKV_NATIVE_DIR}/tests/*.cpp")
+    file(GLOB sources CONFIGURE_DEPENDS "${RKV_NATIVE_DIR}/tests/test-*.cpp")
     add_custom_target(rkv-tests)
+
+    # the cases that every backend is held to
+    add_library(rkv-cases STATIC EXCLUDE_FROM_ALL "${RKV_NATIVE_DIR}/tests/rkv-cases.cpp")
+    target_compile_features(rkv-cases PUBLIC cxx_std_17)
+    target_include_directories(rkv-cases PUBLIC "${RKV_NATIVE_DIR}" "${RKV_NATIVE_DIR}/tests")
+    target_link_libraries(rkv-cases PUBLIC llama ggml)
+    if (NOT MSVC)
+        target_compile_options(rkv-cases PRIVATE -Wall -Wextra)
+    endif()
+
     foreach (source IN LISTS sources)
         get_filename_component(name "${source}" NAME_WE)
         add_executable(${name} EXCLUDE_FROM_ALL "${source}")
         target_compile_features(${name} PRIVATE cxx_std_17)
         target_include_directories(${name} PRIVATE "${RKV_NATIVE_DIR}" "${RKV_NATIVE_DIR}/cpu"
             "${tree}/src" "${tree}/ggml/src" "${tree}/ggml/src/ggml-cpu")
-        target_link_libraries(${name} PRIVATE llama ggml)
+        target_link_libraries(${name} PRIVATE rkv-cases llama ggml)
         if (NOT MSVC)
             target_compile_options(${name} PRIVATE -Wall -Wextra)
         endif()

@@ -19,6 +19,11 @@ static int64_t stride(const ggml_tensor * t, int dim) {
     return t->nb[dim]/sizeof(T);
 }
 
+static rkv_cuda_device device_of(int device) {
+    const auto & info = ggml_cuda_info().devices[device];
+    return { info.smpbo, turing_mma_available(info.cc) };
+}
+
 static rkv_cuda_score_args score_args(const ggml_tensor * dst) {
     const ggml_tensor * k    = dst->src[0];
     const ggml_tensor * q    = dst->src[1];
@@ -68,7 +73,7 @@ static void score(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (n_bytes > 0) {
         scratch.alloc(n_bytes);
     }
-    rkv_cuda_score(a, scratch.get(), ggml_cuda_info().devices[ctx.device].smpbo, ctx.stream());
+    rkv_cuda_score(a, scratch.get(), device_of(ctx.device), ctx.stream());
 }
 
 static void select(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -126,7 +131,7 @@ bool ggml_cuda_op_rkv_supported(int device, const ggml_tensor * op) {
                 par.policy > RKV_POLICY_NONE && par.policy < RKV_POLICY_COUNT &&
                 par.window >= 1 && par.window <= RKV_MAX_WINDOW && par.n_sim <= RKV_MAX_AUX &&
                 (par.policy != RKV_POLICY_LATEST || (op->src[4] && op->src[4]->ne[0] >= par.n_sim)) &&
-                (par.policy != RKV_POLICY_RKV || rkv_cuda_search_supported(n_embd, ggml_cuda_info().devices[device].smpbo));
+                (par.policy != RKV_POLICY_RKV || rkv_cuda_search_supported(n_embd, device_of(device)));
         }
         default:
             return false;

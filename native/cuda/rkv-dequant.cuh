@@ -1,15 +1,31 @@
-// Two neighbouring elements of a cached row, as float32. The type is the same in all threads: the switch costs little,
-// and the kernels need no copy of themselves per type.
+// Two neighbouring elements of a cached row, as float32.
 
 #pragma once
 
 #include "common.cuh"
 
-// i is even
-static __device__ __forceinline__ float2 rkv_load2(int type, const char * row, int i) {
+#include <type_traits>
+
+// Calls f with the type as a constant: a switch between two loads would make the second wait for the first. The rarer
+// types share one variant, GGML_TYPE_COUNT, that looks at the type each time.
+template <typename F>
+static void rkv_with_type(int type, F && f) {
+    switch (type) {
+        case GGML_TYPE_F32:  f(std::integral_constant<int, GGML_TYPE_F32>());   break;
+        case GGML_TYPE_F16:  f(std::integral_constant<int, GGML_TYPE_F16>());   break;
+        case GGML_TYPE_BF16: f(std::integral_constant<int, GGML_TYPE_BF16>());  break;
+        case GGML_TYPE_Q8_0: f(std::integral_constant<int, GGML_TYPE_Q8_0>());  break;
+        case GGML_TYPE_Q4_0: f(std::integral_constant<int, GGML_TYPE_Q4_0>());  break;
+        default:             f(std::integral_constant<int, GGML_TYPE_COUNT>()); break;
+    }
+}
+
+// i is even; type_k matters only where type is GGML_TYPE_COUNT
+template <int type>
+static __device__ __forceinline__ float2 rkv_load2(int type_k, const char * row, int i) {
     // quants of a block of 32: byte b holds element b in its low nibble and b + 16 in its high one
     const int ib = i/32, in = i%32, b = in%16, shift = in < 16 ? 0 : 4;
-    switch (type) {
+    switch (type == GGML_TYPE_COUNT ? type_k : type) {
         case GGML_TYPE_F32:
             return *(const float2 *) (row + sizeof(float)*i);
         case GGML_TYPE_F16:

@@ -18,6 +18,11 @@ struct rkv_cuda_jobs {
     __device__ const int32_t * operator[](int i) const { return data + i*stride; }
 };
 
+struct rkv_cuda_device {
+    size_t smpbo; // shared memory per block that it allows
+    bool   mma;   // has the matrix instructions of ggml_cuda_mma
+};
+
 //
 // score
 //
@@ -37,10 +42,10 @@ struct rkv_cuda_score_args {
 
 // bytes that rkv_cuda_score needs; jobs beyond a fixed bound are worked on in turns over the same memory
 size_t rkv_cuda_score_scratch(const rkv_cuda_score_args & a);
-void   rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, size_t smpbo, cudaStream_t stream);
+void   rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, rkv_cuda_device device, cudaStream_t stream);
 
 bool rkv_cuda_type_supported(int type_k);
-bool rkv_cuda_search_supported(int n_embd, size_t smpbo); // smpbo: shared memory per block that the device allows
+bool rkv_cuda_search_supported(int n_embd, rkv_cuda_device device);
 
 //
 // select, positions, compact

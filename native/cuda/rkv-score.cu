@@ -101,8 +101,8 @@ static __device__ void undo_rope(const rkv_op_params & par, float2 (&x)[NP], int
     __syncwarp(); // the row is used again
 }
 
-template <int NP, bool unrotated>
-static __global__ void rkv_keys(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+template <int type, int NP, bool unrotated>
+static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_keys(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
     const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
     const int32_t * job = a.jobs[s.job0 + blockIdx.z];
     const int jh = blockIdx.z*a.n_head_kv + head;
@@ -117,6 +117,7 @@ static __global__ void rkv_keys(const rkv_cuda_score_args a, const rkv_cuda_scra
     for (int p = 0; p < NP; ++p) {
         sum[p] = make_float2(0.0f, 0.0f);
     }
+    const char * keys = rkv_key(a, job, head, 0);
     for (int c = warp; c < RKV_CUDA_TILE; c += KEY_WARPS) {
         const int j = tile*RKV_CUDA_TILE + c;
         float2 x[NP];
@@ -125,12 +126,12 @@ static __global__ void rkv_keys(const rkv_cuda_score_args a, const rkv_cuda_scra
             x[p] = make_float2(0.0f, 0.0f);
         }
         if (j < n) {
-            const char * key = rkv_key(a, job, head, j);
+            const char * key = keys + j*a.k_cell;
 #pragma unroll
             for (int p = 0; p < NP; ++p) {
                 const int e = 2*lane + 64*p;
                 if (e < a.n_embd) {
-                    x[p] = rkv_load2(a.type_k, key, e);
+                    x[p] = rkv_load2<type>(a.type_k, key, e);
                 }
             }
             if (unrotated) {
@@ -191,16 +192,83 @@ static __global__ void rkv_keys(const rkv_cuda_score_args a, const rkv_cuda_scra
     }
 }
 
-template <bool unrotated>
+// sum of a key's cosines: its product with the sum of all keys, less its own
+template <int type, int NP>
+static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_sums(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+    const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
+    const int32_t * job = a.jobs[s.job0 + blockIdx.z];
+    const int jh = blockIdx.z*a.n_head_kv + head;
+    const int n  = rkv_n_cells(job);
+    if (tile*RKV_CUDA_TILE >= n) {
+        return;
+    }
+    const int n_tile = (n + RKV_CUDA_TILE - 1)/RKV_CUDA_TILE;
+    const float * partial = s.partial + (int64_t) jh*s.n_tile*a.n_embd;
+    float2 total[NP];
+#pragma unroll
+    for (int p = 0; p < NP; ++p) {
+        const int e = 2*lane + 64*p;
+        total[p] = make_float2(0.0f, 0.0f);
+#pragma unroll 8
+        for (int t = 0; t < n_tile; ++t) {
+            if (e < a.n_embd) {
+                const float2 x = *(const float2 *) (partial + t*a.n_embd + e);
+                total[p].x += x.x;
+                total[p].y += x.y;
+            }
+        }
+    }
+    const char  * keys = rkv_key(a, job, head, 0);
+    const float * inv  = s.inv + (int64_t) jh*s.n_pad;
+    float sums[RKV_CUDA_TILE/KEY_WARPS];
+#pragma unroll
+    for (int c = 0; c < RKV_CUDA_TILE/KEY_WARPS; ++c) {
+        const int j = tile*RKV_CUDA_TILE + c*KEY_WARPS + warp;
+        float sum = 0.0f;
+        if (j < n) {
+            const float u = inv[j];
+#pragma unroll
+            for (int p = 0; p < NP; ++p) {
+                const int e = 2*lane + 64*p;
+                if (e < a.n_embd) {
+                    const float2 x = rkv_load2<type>(a.type_k, keys + j*a.k_cell, e);
+                    const float x0 = x.x*u, x1 = x.y*u;
+                    sum += x0*(total[p].x - x0) + x1*(total[p].y - x1);
+                }
+            }
+        }
+        sums[c] = sum;
+    }
+#pragma unroll
+    for (int c = 0; c < RKV_CUDA_TILE/KEY_WARPS; ++c) {
+        const float sum = warp_reduce_sum(sums[c]);
+        if (lane == 0) {
+            s.m[(int64_t) jh*s.n_pad + tile*RKV_CUDA_TILE + c*KEY_WARPS + warp] = sum;
+        }
+    }
+}
+
+template <int NP>
 static void launch_keys(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
     const dim3 grid(s.n_tile, a.n_head_kv, n_jobs), block(WARP_SIZE, KEY_WARPS);
     const size_t shared = sizeof(float)*KEY_WARPS*a.n_embd;
+    rkv_with_type(a.type_k, [&](auto type) {
+        if (a.par.policy == RKV_POLICY_LATEST) {
+            rkv_keys<decltype(type)::value, NP, true><<<grid, block, shared, stream>>>(a, s);
+        } else {
+            rkv_keys<decltype(type)::value, NP, false><<<grid, block, shared, stream>>>(a, s);
+            rkv_sums<decltype(type)::value, NP><<<grid, block, 0, stream>>>(a, s);
+        }
+    });
+}
+
+static void keys(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
     switch ((a.n_embd + 63)/64) {
-        case 1:  rkv_keys<1, unrotated><<<grid, block, shared, stream>>>(a, s); break;
-        case 2:  rkv_keys<2, unrotated><<<grid, block, shared, stream>>>(a, s); break;
-        case 3:  rkv_keys<3, unrotated><<<grid, block, shared, stream>>>(a, s); break;
-        case 4:  rkv_keys<4, unrotated><<<grid, block, shared, stream>>>(a, s); break;
-        default: rkv_keys<9, unrotated><<<grid, block, shared, stream>>>(a, s); break;
+        case 1:  launch_keys<1>(a, s, n_jobs, stream); break;
+        case 2:  launch_keys<2>(a, s, n_jobs, stream); break;
+        case 3:
+        case 4:  launch_keys<4>(a, s, n_jobs, stream); break;
+        default: launch_keys<9>(a, s, n_jobs, stream); break;
     }
 }
 
@@ -210,11 +278,11 @@ static void launch_keys(const rkv_cuda_score_args & a, const rkv_cuda_scratch & 
 
 static constexpr int LOGIT_ROWS = 32, LOGIT_K = 32, LOGIT_THREADS = 128;
 
-static __global__ void rkv_logits(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+template <int type>
+static __global__ void __launch_bounds__(LOGIT_THREADS) rkv_logits(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
     const int tile = blockIdx.x, head = blockIdx.y, tid = threadIdx.x;
     const int32_t * job = a.jobs[s.job0 + blockIdx.z];
-    const int n      = rkv_n_cells(job);
-    const int n_cand = n - a.par.window;
+    const int n_cand = rkv_n_cells(job) - a.par.window;
     if (tile*RKV_CUDA_TILE >= n_cand) {
         return;
     }
@@ -223,10 +291,10 @@ static __global__ void rkv_logits(const rkv_cuda_score_args a, const rkv_cuda_sc
     __shared__ int slots[RKV_MAX_WINDOW + 1];
 
     if (tid == 0) {
+        const uint32_t lo = job[RKV_JOB_QUERY_LO], hi = job[RKV_JOB_QUERY_HI];
         int n_query = 0;
         for (int slot = 0; slot < a.par.window; ++slot) {
-            const uint32_t word = job[slot < 32 ? RKV_JOB_QUERY_LO : RKV_JOB_QUERY_HI];
-            if (word >> slot%32 & 1) {
+            if ((slot < 32 ? lo : hi) >> slot%32 & 1) {
                 slots[n_query++] = slot;
             }
         }
@@ -236,22 +304,40 @@ static __global__ void rkv_logits(const rkv_cuda_score_args a, const rkv_cuda_sc
     const int n_row = slots[RKV_MAX_WINDOW]*a.n_group; // row r: query r/n_group, head r%n_group of the group
     float * out = s.logits + (int64_t) (blockIdx.z*a.n_head_kv + head)*a.par.window*s.n_pad + tile*RKV_CUDA_TILE;
     const float * q = a.q + job[RKV_JOB_STREAM]*a.q_stream + (int64_t) head*a.n_group*a.n_embd;
+    const char * keys = rkv_key(a, job, head, tile*RKV_CUDA_TILE);
 
-    const int tx = tid%16, ty = tid/16; // 4 rows from 4*ty, cells tx, tx + 16, ..
+    const int tx = tid%16, ty = tid/16;  // 4 rows from 4*ty, cells tx, tx + 16, ..
+    const int le = 2*tx, lr = tid/LOGIT_K, lq = tid%LOGIT_K; // what this thread loads: elements of keys; rows and element of queries
     for (int r0 = 0; r0 < n_row; r0 += LOGIT_ROWS) {
+        const float * q_row[LOGIT_ROWS*LOGIT_K/LOGIT_THREADS];
+#pragma unroll
+        for (int i = 0; i < LOGIT_ROWS*LOGIT_K/LOGIT_THREADS; ++i) {
+            const int row = min(r0 + lr + i*(LOGIT_THREADS/LOGIT_K), n_row - 1); // rows past the last are not looked at
+            q_row[i] = q + slots[row/a.n_group]*a.q_slot + (row%a.n_group)*a.n_embd + lq;
+        }
         float acc[4][4] = {};
         for (int k0 = 0; k0 < a.n_embd; k0 += LOGIT_K) {
-            __syncthreads();
-            for (int it = tid; it < RKV_CUDA_TILE*LOGIT_K/2; it += LOGIT_THREADS) {
-                const int c = it/(LOGIT_K/2), e = 2*(it%(LOGIT_K/2)), j = tile*RKV_CUDA_TILE + c;
-                const float2 x = j < n_cand && k0 + e < a.n_embd ? rkv_load2(a.type_k, rkv_key(a, job, head, j), k0 + e) : make_float2(0.0f, 0.0f);
-                ks[e][c]     = x.x;
-                ks[e + 1][c] = x.y;
+            float2 kv[RKV_CUDA_TILE*LOGIT_K/2/LOGIT_THREADS];
+            float  qv[LOGIT_ROWS*LOGIT_K/LOGIT_THREADS];
+#pragma unroll
+            for (int i = 0; i < RKV_CUDA_TILE*LOGIT_K/2/LOGIT_THREADS; ++i) {
+                const int c = ty + i*(LOGIT_THREADS/16);
+                kv[i] = tile*RKV_CUDA_TILE + c < n_cand && k0 + le < a.n_embd ?
+                    rkv_load2<type>(a.type_k, keys + c*a.k_cell, k0 + le) : make_float2(0.0f, 0.0f);
             }
-            for (int it = tid; it < LOGIT_ROWS*LOGIT_K; it += LOGIT_THREADS) {
-                const int r = it/LOGIT_K, e = it%LOGIT_K, row = r0 + r;
-                qs[e][r] = row < n_row && k0 + e < a.n_embd ?
-                    q[slots[row/a.n_group]*a.q_slot + (row%a.n_group)*a.n_embd + k0 + e] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < LOGIT_ROWS*LOGIT_K/LOGIT_THREADS; ++i) {
+                qv[i] = k0 + lq < a.n_embd ? q_row[i][k0] : 0.0f;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < RKV_CUDA_TILE*LOGIT_K/2/LOGIT_THREADS; ++i) {
+                ks[le][ty + i*(LOGIT_THREADS/16)]     = kv[i].x;
+                ks[le + 1][ty + i*(LOGIT_THREADS/16)] = kv[i].y;
+            }
+#pragma unroll
+            for (int i = 0; i < LOGIT_ROWS*LOGIT_K/LOGIT_THREADS; ++i) {
+                qs[lq][lr + i*(LOGIT_THREADS/LOGIT_K)] = qv[i];
             }
             __syncthreads();
 #pragma unroll 8
@@ -288,7 +374,16 @@ static __global__ void rkv_logits(const rkv_cuda_score_args a, const rkv_cuda_sc
                 top = fmaxf(top, ks[r - r0][c]);
             }
             float & dst = out[(int64_t) i*s.n_pad + c];
-            dst = first > i*a.n_group ? fmaxf(dst, top) : top; // the query's rows began in an earlier round
+            if (first > i*a.n_group) {
+                top = fmaxf(dst, top); // the query's rows began in an earlier round
+            }
+            if (last == (i + 1)*a.n_group) {
+                top *= a.par.scale;
+                if (a.par.softcap > 0.0f) {
+                    top = a.par.softcap*(float) tanh((double) (top/a.par.softcap)); // -use_fast_math's tanhf has 11 bits
+                }
+            }
+            dst = top;
         }
     }
 }
@@ -352,7 +447,7 @@ static __global__ void rkv_finish(const rkv_cuda_score_args a, const rkv_cuda_sc
         return;
     }
     __shared__ float shared[FINISH_WARPS];
-    __shared__ float unit[RKV_MAX_WINDOW];
+    __shared__ float top[RKV_MAX_WINDOW], unit[RKV_MAX_WINDOW];
     const auto larger = [](float x, float y) { return fmaxf(x, y); };
     const auto plus   = [](float x, float y) { return x + y; };
 
@@ -360,27 +455,23 @@ static __global__ void rkv_finish(const rkv_cuda_score_args a, const rkv_cuda_sc
     const uint32_t slots_lo = job[RKV_JOB_QUERY_LO], slots_hi = job[RKV_JOB_QUERY_HI];
     const uint64_t in_window = a.par.window == 64 ? ~0ull : (1ull << a.par.window) - 1;
     const int n_query = __popcll((slots_lo | (uint64_t) slots_hi << 32) & in_window);
-    float * logits = s.logits + (int64_t) jh*a.par.window*s.n_pad;
+    const float * logits = s.logits + (int64_t) jh*a.par.window*s.n_pad;
     for (int i = warp; i < n_query; i += FINISH_WARPS) {
-        float * x = logits + (int64_t) i*s.n_pad;
-        float top = -INFINITY;
+        const float * x = logits + (int64_t) i*s.n_pad;
+        float most = -INFINITY;
+#pragma unroll 8
         for (int j = lane; j < n_cand; j += WARP_SIZE) {
-            float l = a.par.scale*x[j];
-            if (a.par.softcap > 0.0f) {
-                l = a.par.softcap*(float) tanh((double) (l/a.par.softcap)); // -use_fast_math's tanhf has 11 bits
-            }
-            x[j] = l;
-            top = fmaxf(top, l);
+            most = fmaxf(most, x[j]);
         }
-        top = warp_reduce_max(top);
+        most = warp_reduce_max(most);
         float total = 0.0f;
+#pragma unroll 4
         for (int j = lane; j < n_cand; j += WARP_SIZE) {
-            const float e = rkv_exp(x[j] - top);
-            x[j] = e;
-            total += e;
+            total += rkv_exp(x[j] - most);
         }
         total = warp_reduce_sum(total);
         if (lane == 0) {
+            top [i] = most;
             unit[i] = 1.0f/total;
         }
     }
@@ -388,8 +479,9 @@ static __global__ void rkv_finish(const rkv_cuda_score_args a, const rkv_cuda_sc
     float * mean = s.mean + (int64_t) jh*s.n_pad;
     for (int j = tid; j < n_cand; j += n_thread) {
         float total = 0.0f;
+#pragma unroll 4
         for (int i = 0; i < n_query; ++i) {
-            total += logits[(int64_t) i*s.n_pad + j]*unit[i]*(1.0f/n_query);
+            total += rkv_exp(logits[(int64_t) i*s.n_pad + j] - top[i])*unit[i]*(1.0f/n_query);
         }
         mean[j] = total;
     }
@@ -409,15 +501,15 @@ static __global__ void rkv_finish(const rkv_cuda_score_args a, const rkv_cuda_sc
     switch (a.par.policy) {
         case RKV_POLICY_RKV: {
             const unsigned long long * spared = s.spared + (int64_t) jh*s.n_pad;
-            float top = -INFINITY;
+            float most = -INFINITY;
             for (int j = tid; j < n; j += n_thread) {
                 m[j] = (m[j] - (float) (long long) spared[j]*(1.0f/RKV_SPARED_UNIT))*(1.0f/n);
-                top = fmaxf(top, m[j]);
+                most = fmaxf(most, m[j]);
             }
-            top = block_reduce_with(top, shared, larger);
+            most = block_reduce_with(most, shared, larger);
             float total = 0.0f;
             for (int j = tid; j < n; j += n_thread) {
-                m[j] = rkv_exp(m[j] - top);
+                m[j] = rkv_exp(m[j] - most);
                 total += m[j];
             }
             total = block_reduce_with(total, shared, plus);
@@ -502,7 +594,7 @@ bool rkv_cuda_type_supported(int type_k) {
     }
 }
 
-void rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, size_t smpbo, cudaStream_t stream) {
+void rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, rkv_cuda_device device, cudaStream_t stream) {
     const bool streaming = a.par.policy == RKV_POLICY_STREAMING;
     const int  at_once   = streaming ? a.jobs.n : jobs_at_once(a);
     for (int job0 = 0; job0 < a.jobs.n; job0 += at_once) {
@@ -513,13 +605,15 @@ void rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, size_t smpbo,
         }
         s.job0 = job0;
         if (!streaming) {
-            rkv_logits<<<dim3(s.n_tile, a.n_head_kv, n_jobs), LOGIT_THREADS, 0, stream>>>(a, s);
+            rkv_with_type(a.type_k, [&](auto type) {
+                rkv_logits<decltype(type)::value><<<dim3(s.n_tile, a.n_head_kv, n_jobs), LOGIT_THREADS, 0, stream>>>(a, s);
+            });
         }
         if (a.par.policy == RKV_POLICY_RKV) {
-            launch_keys<false>(a, s, n_jobs, stream);
-            rkv_cuda_search(a, s, n_jobs, smpbo, stream);
+            keys(a, s, n_jobs, stream);
+            rkv_cuda_search(a, s, n_jobs, device, stream);
         } else if (a.par.policy == RKV_POLICY_LATEST) {
-            launch_keys<true>(a, s, n_jobs, stream);
+            keys(a, s, n_jobs, stream);
             rkv_cuda_later(a, s, n_jobs, stream);
         }
         rkv_finish<<<dim3(a.n_head_kv, n_jobs), dim3(WARP_SIZE, FINISH_WARPS), 0, stream>>>(a, s);

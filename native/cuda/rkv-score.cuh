@@ -25,5 +25,5 @@ static __device__ __forceinline__ const char * rkv_key(const rkv_cuda_score_args
     return a.k + job[RKV_JOB_STREAM]*a.k_stream + head*a.k_head + (int64_t) (job[RKV_JOB_BEGIN] + j)*a.k_cell;
 }
 
-void rkv_cuda_search(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, size_t smpbo, cudaStream_t stream);
+void rkv_cuda_search(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, rkv_cuda_device device, cudaStream_t stream);
 void rkv_cuda_later (const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream);

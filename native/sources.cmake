@@ -17,3 +17,11 @@ set(RKV_GGML_CPU_SOURCES
     cpu/rkv-cpu.cpp
     cpu/rkv-scorer.cpp
 )
+set(RKV_GGML_CUDA_SOURCES
+    cuda/rkv-compact.cu
+    cuda/rkv-cuda-op.cu
+    cuda/rkv-later.cu
+    cuda/rkv-score.cu
+    cuda/rkv-search.cu
+    cuda/rkv-select.cu
+)

@@ -8,7 +8,7 @@
 static constexpr int COMPACT_THREADS = 256, COMPACT_ITEMS = 8; // per thread and round
 
 template <typename word>
-static __global__ void __launch_bounds__(COMPACT_THREADS) rkv_compact(const rkv_cuda_compact_args a, int n_word, int slice_log2, int n_slice) {
+static __global__ void __launch_bounds__(COMPACT_THREADS, 4) rkv_compact(const rkv_cuda_compact_args a, int n_word, int slice_log2, int n_slice) {
     const int line = blockIdx.x/n_slice, slice = blockIdx.x%n_slice;
     const int32_t * job = a.jobs[blockIdx.y];
     const int32_t * idx = a.idx + (int64_t) (line/(a.n_line/a.n_head))*a.idx_head + blockIdx.y*a.idx_job;
@@ -42,28 +42,30 @@ static __global__ void __launch_bounds__(COMPACT_THREADS) rkv_compact(const rkv_
 }
 
 template <typename word>
-static void launch(const rkv_cuda_compact_args & a, cudaStream_t stream) {
+static void launch(const rkv_cuda_compact_args & a, int n_sm, cudaStream_t stream) {
     const int n_word = a.unit/sizeof(word);
+    // a block moves up to 4 words of each row; fewer where that leaves blocks for the whole device
+    const int most = (int64_t) a.n_line*a.jobs.n*((n_word + 3)/4) < n_sm ? 1 : 2;
     int slice_log2 = 0;
-    while (slice_log2 < 2 && (1 << slice_log2) < n_word) {
+    while (slice_log2 < most && (1 << slice_log2) < n_word) {
         ++slice_log2;
     }
     const int n_slice = (n_word + (1 << slice_log2) - 1) >> slice_log2;
     rkv_compact<word><<<dim3(a.n_line*n_slice, a.jobs.n), COMPACT_THREADS, 0, stream>>>(a, n_word, slice_log2, n_slice);
 }
 
-void rkv_cuda_compact(const rkv_cuda_compact_args & a, cudaStream_t stream) {
+void rkv_cuda_compact(const rkv_cuda_compact_args & a, int n_sm, cudaStream_t stream) {
     // the widest word that every address is a multiple of
     int64_t align = std::gcd((int64_t) (uintptr_t) a.data, (int64_t) 16);
     for (const int64_t x : { a.cell, a.line, a.stream, a.unit }) {
         align = std::gcd(align, x);
     }
     switch (align) {
-        case 16: launch<int4>   (a, stream); break;
-        case 8:  launch<int2>   (a, stream); break;
-        case 4:  launch<int>    (a, stream); break;
-        case 2:  launch<int16_t>(a, stream); break;
-        default: launch<int8_t> (a, stream); break;
+        case 16: launch<int4>   (a, n_sm, stream); break;
+        case 8:  launch<int2>   (a, n_sm, stream); break;
+        case 4:  launch<int>    (a, n_sm, stream); break;
+        case 2:  launch<int16_t>(a, n_sm, stream); break;
+        default: launch<int8_t> (a, n_sm, stream); break;
     }
     CUDA_CHECK(cudaGetLastError());
 }

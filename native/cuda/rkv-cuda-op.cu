@@ -102,7 +102,7 @@ static void compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         (int64_t) ggml_row_size(dst->type, dst->ne[0]),
         (const int32_t *) idx->data, stride<int32_t>(idx, 1), stride<int32_t>(idx, 2),
         jobs_of(dst->src[2]), (int) dst->ne[2], (int) idx->ne[1],
-    }, ctx.stream());
+    }, ggml_cuda_info().devices[ctx.device].nsm, ctx.stream());
 }
 
 void ggml_cuda_op_rkv(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

@@ -73,4 +73,4 @@ struct rkv_cuda_compact_args {
     rkv_cuda_jobs jobs;
     int n_line, n_head; // n_line is a multiple of n_head
 };
-void rkv_cuda_compact(const rkv_cuda_compact_args & a, cudaStream_t stream);
+void rkv_cuda_compact(const rkv_cuda_compact_args & a, int n_sm, cudaStream_t stream); // n_sm: multiprocessors

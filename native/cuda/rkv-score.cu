@@ -118,22 +118,17 @@ static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_keys(const rkv
         sum[p] = make_float2(0.0f, 0.0f);
     }
     const char * keys = rkv_key(a, job, head, 0);
+#pragma unroll unrotated || NP > 2 ? 1 : 4
     for (int c = warp; c < RKV_CUDA_TILE; c += KEY_WARPS) {
         const int j = tile*RKV_CUDA_TILE + c;
+        const char * key = keys + min(j, n - 1)*a.k_cell;
         float2 x[NP];
 #pragma unroll
         for (int p = 0; p < NP; ++p) {
-            x[p] = make_float2(0.0f, 0.0f);
+            const int e = 2*lane + 64*p;
+            x[p] = j < n && e < a.n_embd ? rkv_load2<type>(a.type_k, key, e) : make_float2(0.0f, 0.0f);
         }
         if (j < n) {
-            const char * key = keys + j*a.k_cell;
-#pragma unroll
-            for (int p = 0; p < NP; ++p) {
-                const int e = 2*lane + 64*p;
-                if (e < a.n_embd) {
-                    x[p] = rkv_load2<type>(a.type_k, key, e);
-                }
-            }
             if (unrotated) {
                 if (a.par.n_hadamard > 0) {
                     undo_hadamard(x, a.par.n_hadamard);
@@ -207,15 +202,16 @@ static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_sums(const rkv
     float2 total[NP];
 #pragma unroll
     for (int p = 0; p < NP; ++p) {
-        const int e = 2*lane + 64*p;
         total[p] = make_float2(0.0f, 0.0f);
-#pragma unroll 8
-        for (int t = 0; t < n_tile; ++t) {
-            if (e < a.n_embd) {
-                const float2 x = *(const float2 *) (partial + t*a.n_embd + e);
-                total[p].x += x.x;
-                total[p].y += x.y;
-            }
+    }
+#pragma unroll 4
+    for (int t = 0; t < n_tile; ++t) {
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const int e = 2*lane + 64*p;
+            const float2 x = e < a.n_embd ? *(const float2 *) (partial + t*a.n_embd + e) : make_float2(0.0f, 0.0f);
+            total[p].x += x.x;
+            total[p].y += x.y;
         }
     }
     const char  * keys = rkv_key(a, job, head, 0);
@@ -223,19 +219,15 @@ static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_sums(const rkv
     float sums[RKV_CUDA_TILE/KEY_WARPS];
 #pragma unroll
     for (int c = 0; c < RKV_CUDA_TILE/KEY_WARPS; ++c) {
-        const int j = tile*RKV_CUDA_TILE + c*KEY_WARPS + warp;
+        const int j = min(tile*RKV_CUDA_TILE + c*KEY_WARPS + warp, n - 1); // no branches: the loads shall not wait for each other
+        const float u = inv[j];
         float sum = 0.0f;
-        if (j < n) {
-            const float u = inv[j];
 #pragma unroll
-            for (int p = 0; p < NP; ++p) {
-                const int e = 2*lane + 64*p;
-                if (e < a.n_embd) {
-                    const float2 x = rkv_load2<type>(a.type_k, keys + j*a.k_cell, e);
-                    const float x0 = x.x*u, x1 = x.y*u;
-                    sum += x0*(total[p].x - x0) + x1*(total[p].y - x1);
-                }
-            }
+        for (int p = 0; p < NP; ++p) {
+            const int e = 2*lane + 64*p;
+            const float2 x = e < a.n_embd ? rkv_load2<type>(a.type_k, keys + j*a.k_cell, e) : make_float2(0.0f, 0.0f);
+            const float x0 = x.x*u, x1 = x.y*u;
+            sum += x0*(total[p].x - x0) + x1*(total[p].y - x1);
         }
         sums[c] = sum;
     }

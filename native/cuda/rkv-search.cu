@@ -100,18 +100,15 @@ struct searchers {
 // the 32 x 64 products of a warp: bits of the large ones; `bits` is this warp's, [32][2]
 static __device__ __forceinline__ bool collect(const tile_d (&acc)[2][4], float close, uint32_t * bits) {
 #ifdef TURING_MMA_AVAILABLE
-    float top = -INFINITY;
+    float top[4] = { -INFINITY, -INFINITY, -INFINITY, -INFINITY };
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int c = 0; c < 4; ++c) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-#pragma unroll
-            for (int l = 0; l < tile_d::ne; ++l) {
-                top = fmaxf(top, acc[r][c].x[l]);
-            }
+        for (int l = 0; l < tile_d::ne; ++l) {
+            top[c] = fmaxf(top[c], fmaxf(acc[0][c].x[l], acc[1][c].x[l]));
         }
     }
-    if (!__any_sync(0xffffffff, top > close)) {
+    if (!__any_sync(0xffffffff, fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])) > close)) {
         return false;
     }
 #pragma unroll
@@ -156,7 +153,7 @@ static __device__ __forceinline__ void copies_done() {
 static constexpr int FAST_WARPS = 4, FAST_ROWS = 32*FAST_WARPS, FAST_THREADS = WARP_SIZE*FAST_WARPS;
 
 template <int D>
-static __global__ void __launch_bounds__(FAST_THREADS, 3) rkv_search_fast(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+static __global__ void __launch_bounds__(FAST_THREADS, 2) rkv_search_fast(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
 #ifdef TURING_MMA_AVAILABLE
     const int head = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
     const int tid  = warp*WARP_SIZE + lane, row0 = blockIdx.x*FAST_ROWS;
@@ -222,15 +219,24 @@ static __global__ void __launch_bounds__(FAST_THREADS, 3) rkv_search_fast(const 
         }
         const half * tile = tiles[t%2];
         tile_d acc[2][4];
-#pragma unroll
-        for (int e = 0; e < D/16; ++e) {
+        tile_ab y[2][4]; // the next elements are on their way while these are multiplied
+        const auto load = [&](int e) {
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                tile_ab y;
-                ggml_cuda_mma::load_ldmatrix(y, (const half2 *) (tile + 16*c*stride + 16*e), stride/2);
+                ggml_cuda_mma::load_ldmatrix(y[e%2][c], (const half2 *) (tile + 16*c*stride + 16*e), stride/2);
+            }
+        };
+        load(0);
+#pragma unroll
+        for (int e = 0; e < D/16; ++e) {
+            if (e + 1 < D/16) {
+                load(e + 1);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    ggml_cuda_mma::mma(acc[r][c], x[r][e], y);
+                    ggml_cuda_mma::mma(acc[r][c], x[r][e], y[e%2][c]);
                 }
             }
         }

@@ -7,6 +7,7 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 void rkv_build_inputs(ggml_context * ctx, const llama_ubatch & ubatch, llm_graph_input_attn_kv & inp) {
     const rkv_cache * rkv = inp.mctx->get_kv()->rkv.get();
@@ -104,6 +105,10 @@ void rkv_capture(ggml_context * ctx, ggml_cgraph * gf, const llm_graph_input_att
         return;
     }
     layer->op.scale = kq_scale*layer->scale_mul;
+    if (getenv("RKV_BENCH_NO_CAPTURE")) { // scripts/gpu_bench.py measures what the line below costs
+        layer->captured = true;
+        return;
+    }
     const int64_t n_row = q_cur->ne[0]*q_cur->ne[1];
     ggml_tensor * q = ggml_row_size(q_cur->type, q_cur->ne[0]) == q_cur->nb[1] ?
         ggml_view_2d(ctx, q_cur, n_row, q_cur->ne[2], q_cur->nb[2], 0) :

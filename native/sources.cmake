@@ -21,3 +21,11 @@ set(RKV_GGML_CPU_SOURCES
 set(RKV_GGML_METAL_SOURCES
     metal/rkv-metal.cpp
 )
+set(RKV_GGML_CUDA_SOURCES
+    cuda/rkv-compact.cu
+    cuda/rkv-cuda-op.cu
+    cuda/rkv-later.cu
+    cuda/rkv-score.cu
+    cuda/rkv-search.cu
+    cuda/rkv-select.cu
+)

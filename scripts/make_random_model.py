@@ -12,6 +12,7 @@ disk takes it.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ class Shape:
     yarn_orig_ctx: int = 4096
     tokenizer: Path | None = None
     gain: float = 1.0
+    same_layers: bool = False  # all layers hold the first one's weights: a large model in seconds
 
     @property
     def embd(self) -> int:
@@ -230,8 +232,13 @@ def make_random_model(path: str | Path, shape: Shape | None = None, **changes: A
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    layer: dict[str, np.ndarray[Any, Any]] = {}
     for t in planned:
-        writer.write_tensor_data(draw(t, s.type, s.seed))
+        name = re.sub(r"^blk\.\d+\.", "", t.name)
+        data = layer[name] if s.same_layers and name in layer else draw(t, s.type, s.seed)
+        if s.same_layers and name != t.name:
+            layer[name] = data
+        writer.write_tensor_data(data)
     writer.close()
     return path
 
@@ -253,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tokenizer", type=Path, default=None, help="GGUF file to borrow the vocabulary from"
     )
     parser.add_argument("--gain", type=float, default=1.0)
+    parser.add_argument("--same-layers", action="store_true", help="all layers hold the first one's weights")
     values = vars(parser.parse_args(argv))
     try:
         path = make_random_model(values.pop("path"), **values)

@@ -1,0 +1,614 @@
+// Z of each cell: lengths and sums of keys, importance, and the formula of each policy at the end. The search for copies
+// and the similarity to later keys have files of their own.
+
+#include "rkv-score.cuh"
+#include "rkv-dequant.cuh"
+#include "rkv-policy.h"
+
+static constexpr size_t SCRATCH_MAX = 64u << 20; // bytes; jobs beyond it wait for their turn
+
+//
+// keys: their lengths; normalised, rounded, and summed up by tile (`latest`: without their rotation, unrounded)
+//
+
+static constexpr int KEY_WARPS = 8;
+
+// as rkv_hadamard: a lane holds elements 2*lane + 64*p and the next one
+template <int NP>
+static __device__ void undo_hadamard(float2 (&x)[NP], int n) {
+#pragma unroll
+    for (int p = 0; p < NP; ++p) {
+        const float2 y = x[p];
+        x[p] = make_float2(y.x + y.y, y.x - y.y);
+    }
+    for (int s = 2; s < min(n, 64); s *= 2) {
+        const bool upper = threadIdx.x & (s/2);
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const float ox = __shfl_xor_sync(0xffffffff, x[p].x, s/2, WARP_SIZE);
+            const float oy = __shfl_xor_sync(0xffffffff, x[p].y, s/2, WARP_SIZE);
+            x[p] = upper ? make_float2(ox - x[p].x, oy - x[p].y) : make_float2(x[p].x + ox, x[p].y + oy);
+        }
+    }
+#pragma unroll
+    for (int sp = 1; sp < NP; sp *= 2) {
+        if (64*sp < n) {
+#pragma unroll
+            for (int p = 0; p < NP; ++p) {
+                if ((p & sp) == 0 && p + sp < NP) {
+                    const float2 lo = x[p], hi = x[p + sp < NP ? p + sp : 0];
+                    x[p] = make_float2(lo.x + hi.x, lo.y + hi.y);
+                    x[p + sp < NP ? p + sp : 0] = make_float2(lo.x - hi.x, lo.y - hi.y);
+                }
+            }
+        }
+    }
+    const float scale = 1.0f/sqrtf((float) n);
+#pragma unroll
+    for (int p = 0; p < NP; ++p) {
+        x[p].x *= scale;
+        x[p].y *= scale;
+    }
+}
+
+// as rkv_undo_rotation; row: n_embd floats of shared memory of this warp
+template <int NP>
+static __device__ void undo_rope(const rkv_op_params & par, float2 (&x)[NP], int n_embd, int32_t pos, const float * rope,
+        int64_t rope_row, float * row) {
+    const int     lane = threadIdx.x;
+    const int     n_half = par.n_rot/2;
+    const float * lo   = rope + (pos % RKV_ROPE_LO)*rope_row;
+    const float * hi   = rope + (RKV_ROPE_LO + pos/RKV_ROPE_LO)*rope_row;
+    const float   unit = 1.0f/par.rope_mscale;
+
+    const auto turn = [&](int i, float & x0, float & x1) {
+        const float c = lo[i]*hi[i] - lo[n_half + i]*hi[n_half + i];
+        const float s = lo[n_half + i]*hi[i] + lo[i]*hi[n_half + i];
+        const float y0 = x0*unit, y1 = x1*unit;
+        x0 =  y0*c + y1*s;
+        x1 = -y0*s + y1*c;
+    };
+    if (!(par.flags & RKV_FLAG_ROPE_NEOX)) {
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const int e = 2*lane + 64*p;
+            if (e < par.n_rot) {
+                turn(e/2, x[p].x, x[p].y);
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (int p = 0; p < NP; ++p) {
+        const int e = 2*lane + 64*p;
+        if (e < n_embd) {
+            row[e]     = x[p].x;
+            row[e + 1] = x[p].y;
+        }
+    }
+    __syncwarp();
+    for (int i = lane; i < n_half; i += WARP_SIZE) {
+        turn(i, row[i], row[i + n_half]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int p = 0; p < NP; ++p) {
+        const int e = 2*lane + 64*p;
+        if (e < n_embd) {
+            x[p] = make_float2(row[e], row[e + 1]);
+        }
+    }
+    __syncwarp(); // the row is used again
+}
+
+template <int type, int NP, bool unrotated>
+static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_keys(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+    const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
+    const int32_t * job = a.jobs[s.job0 + blockIdx.z];
+    const int jh = blockIdx.z*a.n_head_kv + head;
+    const int n  = rkv_n_cells(job);
+    if (tile*RKV_CUDA_TILE >= n) {
+        return;
+    }
+    extern __shared__ float shared[]; // [KEY_WARPS][n_embd]
+
+    float2 sum[NP];
+#pragma unroll
+    for (int p = 0; p < NP; ++p) {
+        sum[p] = make_float2(0.0f, 0.0f);
+    }
+    const char * keys = rkv_key(a, job, head, 0);
+#pragma unroll unrotated || NP > 2 ? 1 : 4
+    for (int c = warp; c < RKV_CUDA_TILE; c += KEY_WARPS) {
+        const int j = tile*RKV_CUDA_TILE + c;
+        const char * key = keys + min(j, n - 1)*a.k_cell;
+        float2 x[NP];
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const int e = 2*lane + 64*p;
+            x[p] = j < n && e < a.n_embd ? rkv_load2<type>(a.type_k, key, e) : make_float2(0.0f, 0.0f);
+        }
+        if (j < n) {
+            if (unrotated) {
+                if (a.par.n_hadamard > 0) {
+                    undo_hadamard(x, a.par.n_hadamard);
+                }
+                if (a.par.n_rot > 0 && a.rope) {
+                    const int32_t pos = a.pos[job[RKV_JOB_STREAM]*a.pos_stream + head*a.pos_head + job[RKV_JOB_BEGIN] + j];
+                    undo_rope(a.par, x, a.n_embd, pos, a.rope, a.rope_row, shared + warp*a.n_embd);
+                }
+            }
+        }
+        float sq = 0.0f;
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            sq += x[p].x*x[p].x + x[p].y*x[p].y;
+        }
+        const float inv  = 1.0f/(sqrtf(warp_reduce_sum(sq)) + 1e-8f);
+        const int64_t at = (int64_t) jh*s.n_pad + j;
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const int    e = 2*lane + 64*p;
+            const float2 u = make_float2(x[p].x*inv, x[p].y*inv);
+            if (unrotated) {
+                if (e < a.n_embd) {
+                    *(float2 *) (s.unit_f + at*a.n_embd + e) = u;
+                }
+            } else {
+                if (e < s.d_pad) {
+                    *(half2 *) (s.unit_h + at*s.d_pad + e) = make_half2(__float2half(u.x), __float2half(u.y));
+                }
+                sum[p].x += u.x;
+                sum[p].y += u.y;
+            }
+        }
+        if (!unrotated && lane == 0) {
+            s.inv[at]    = inv;
+            s.spared[at] = 0;
+        }
+    }
+    if constexpr (!unrotated) {
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const int e = 2*lane + 64*p;
+            if (e < a.n_embd) {
+                shared[warp*a.n_embd + e]     = sum[p].x;
+                shared[warp*a.n_embd + e + 1] = sum[p].y;
+            }
+        }
+        __syncthreads();
+        for (int e = warp*WARP_SIZE + lane; e < a.n_embd; e += KEY_WARPS*WARP_SIZE) {
+            float total = 0.0f;
+            for (int w = 0; w < KEY_WARPS; ++w) {
+                total += shared[w*a.n_embd + e];
+            }
+            s.partial[((int64_t) jh*s.n_tile + tile)*a.n_embd + e] = total;
+        }
+    }
+}
+
+// sum of a key's cosines: its product with the sum of all keys, less its own
+template <int type, int NP>
+static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_sums(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+    const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
+    const int32_t * job = a.jobs[s.job0 + blockIdx.z];
+    const int jh = blockIdx.z*a.n_head_kv + head;
+    const int n  = rkv_n_cells(job);
+    if (tile*RKV_CUDA_TILE >= n) {
+        return;
+    }
+    const int n_tile = (n + RKV_CUDA_TILE - 1)/RKV_CUDA_TILE;
+    const float * partial = s.partial + (int64_t) jh*s.n_tile*a.n_embd;
+    float2 total[NP];
+#pragma unroll
+    for (int p = 0; p < NP; ++p) {
+        total[p] = make_float2(0.0f, 0.0f);
+    }
+#pragma unroll 4
+    for (int t = 0; t < n_tile; ++t) {
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const int e = 2*lane + 64*p;
+            const float2 x = e < a.n_embd ? *(const float2 *) (partial + t*a.n_embd + e) : make_float2(0.0f, 0.0f);
+            total[p].x += x.x;
+            total[p].y += x.y;
+        }
+    }
+    const char  * keys = rkv_key(a, job, head, 0);
+    const float * inv  = s.inv + (int64_t) jh*s.n_pad;
+    float sums[RKV_CUDA_TILE/KEY_WARPS];
+#pragma unroll
+    for (int c = 0; c < RKV_CUDA_TILE/KEY_WARPS; ++c) {
+        const int j = min(tile*RKV_CUDA_TILE + c*KEY_WARPS + warp, n - 1); // no branches: the loads shall not wait for each other
+        const float u = inv[j];
+        float sum = 0.0f;
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const int e = 2*lane + 64*p;
+            const float2 x = e < a.n_embd ? rkv_load2<type>(a.type_k, keys + j*a.k_cell, e) : make_float2(0.0f, 0.0f);
+            const float x0 = x.x*u, x1 = x.y*u;
+            sum += x0*(total[p].x - x0) + x1*(total[p].y - x1);
+        }
+        sums[c] = sum;
+    }
+#pragma unroll
+    for (int c = 0; c < RKV_CUDA_TILE/KEY_WARPS; ++c) {
+        const float sum = warp_reduce_sum(sums[c]);
+        if (lane == 0) {
+            s.m[(int64_t) jh*s.n_pad + tile*RKV_CUDA_TILE + c*KEY_WARPS + warp] = sum;
+        }
+    }
+}
+
+template <int NP>
+static void launch_keys(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
+    const dim3 grid(s.n_tile, a.n_head_kv, n_jobs), block(WARP_SIZE, KEY_WARPS);
+    const size_t shared = sizeof(float)*KEY_WARPS*a.n_embd;
+    rkv_with_type(a.type_k, [&](auto type) {
+        if (a.par.policy == RKV_POLICY_LATEST) {
+            rkv_keys<decltype(type)::value, NP, true><<<grid, block, shared, stream>>>(a, s);
+        } else {
+            rkv_keys<decltype(type)::value, NP, false><<<grid, block, shared, stream>>>(a, s);
+            rkv_sums<decltype(type)::value, NP><<<grid, block, 0, stream>>>(a, s);
+        }
+    });
+}
+
+static void keys(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
+    switch ((a.n_embd + 63)/64) {
+        case 1:  launch_keys<1>(a, s, n_jobs, stream); break;
+        case 2:  launch_keys<2>(a, s, n_jobs, stream); break;
+        case 3:
+        case 4:  launch_keys<4>(a, s, n_jobs, stream); break;
+        default: launch_keys<9>(a, s, n_jobs, stream); break;
+    }
+}
+
+//
+// logits: the largest product of a key with the window's queries of its group, one row per query
+//
+
+static constexpr int LOGIT_ROWS = 32, LOGIT_K = 32, LOGIT_THREADS = 128;
+
+template <int type>
+static __global__ void __launch_bounds__(LOGIT_THREADS) rkv_logits(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+    const int tile = blockIdx.x, head = blockIdx.y, tid = threadIdx.x;
+    const int32_t * job = a.jobs[s.job0 + blockIdx.z];
+    const int n_cand = rkv_n_cells(job) - a.par.window;
+    if (tile*RKV_CUDA_TILE >= n_cand) {
+        return;
+    }
+    __shared__ float ks[LOGIT_K][RKV_CUDA_TILE + 1];
+    __shared__ __align__(16) float qs[LOGIT_K][LOGIT_ROWS + 4];
+    __shared__ int slots[RKV_MAX_WINDOW + 1];
+
+    if (tid == 0) {
+        const uint32_t lo = job[RKV_JOB_QUERY_LO], hi = job[RKV_JOB_QUERY_HI];
+        int n_query = 0;
+        for (int slot = 0; slot < a.par.window; ++slot) {
+            if ((slot < 32 ? lo : hi) >> slot%32 & 1) {
+                slots[n_query++] = slot;
+            }
+        }
+        slots[RKV_MAX_WINDOW] = n_query;
+    }
+    __syncthreads();
+    const int n_row = slots[RKV_MAX_WINDOW]*a.n_group; // row r: query r/n_group, head r%n_group of the group
+    float * out = s.logits + (int64_t) (blockIdx.z*a.n_head_kv + head)*a.par.window*s.n_pad + tile*RKV_CUDA_TILE;
+    const float * q = a.q + job[RKV_JOB_STREAM]*a.q_stream + (int64_t) head*a.n_group*a.n_embd;
+    const char * keys = rkv_key(a, job, head, tile*RKV_CUDA_TILE);
+
+    const int tx = tid%16, ty = tid/16;  // 4 rows from 4*ty, cells tx, tx + 16, ..
+    const int le = 2*tx, lr = tid/LOGIT_K, lq = tid%LOGIT_K; // what this thread loads: elements of keys; rows and element of queries
+    for (int r0 = 0; r0 < n_row; r0 += LOGIT_ROWS) {
+        const float * q_row[LOGIT_ROWS*LOGIT_K/LOGIT_THREADS];
+#pragma unroll
+        for (int i = 0; i < LOGIT_ROWS*LOGIT_K/LOGIT_THREADS; ++i) {
+            const int row = min(r0 + lr + i*(LOGIT_THREADS/LOGIT_K), n_row - 1); // rows past the last are not looked at
+            q_row[i] = q + slots[row/a.n_group]*a.q_slot + (row%a.n_group)*a.n_embd + lq;
+        }
+        float acc[4][4] = {};
+        for (int k0 = 0; k0 < a.n_embd; k0 += LOGIT_K) {
+            float2 kv[RKV_CUDA_TILE*LOGIT_K/2/LOGIT_THREADS];
+            float  qv[LOGIT_ROWS*LOGIT_K/LOGIT_THREADS];
+#pragma unroll
+            for (int i = 0; i < RKV_CUDA_TILE*LOGIT_K/2/LOGIT_THREADS; ++i) {
+                const int c = ty + i*(LOGIT_THREADS/16);
+                kv[i] = tile*RKV_CUDA_TILE + c < n_cand && k0 + le < a.n_embd ?
+                    rkv_load2<type>(a.type_k, keys + c*a.k_cell, k0 + le) : make_float2(0.0f, 0.0f);
+            }
+#pragma unroll
+            for (int i = 0; i < LOGIT_ROWS*LOGIT_K/LOGIT_THREADS; ++i) {
+                qv[i] = k0 + lq < a.n_embd ? q_row[i][k0] : 0.0f;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < RKV_CUDA_TILE*LOGIT_K/2/LOGIT_THREADS; ++i) {
+                ks[le][ty + i*(LOGIT_THREADS/16)]     = kv[i].x;
+                ks[le + 1][ty + i*(LOGIT_THREADS/16)] = kv[i].y;
+            }
+#pragma unroll
+            for (int i = 0; i < LOGIT_ROWS*LOGIT_K/LOGIT_THREADS; ++i) {
+                qs[lq][lr + i*(LOGIT_THREADS/LOGIT_K)] = qv[i];
+            }
+            __syncthreads();
+#pragma unroll 8
+            for (int e = 0; e < LOGIT_K; ++e) {
+                const float4 qv = *(const float4 *) &qs[e][4*ty];
+                const float qr[4] = { qv.x, qv.y, qv.z, qv.w };
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const float kv = ks[e][tx + 16*c];
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        acc[r][c] += qr[r]*kv;
+                    }
+                }
+            }
+        }
+        __syncthreads();
+        static_assert(LOGIT_ROWS <= LOGIT_K, "the products take the keys' place");
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                ks[4*ty + r][tx + 16*c] = acc[r][c];
+            }
+        }
+        __syncthreads();
+        const int r1 = min(r0 + LOGIT_ROWS, n_row);
+        const int i0 = r0/a.n_group, i1 = (r1 - 1)/a.n_group;
+        for (int it = tid; it < (i1 - i0 + 1)*RKV_CUDA_TILE; it += LOGIT_THREADS) {
+            const int i = i0 + it/RKV_CUDA_TILE, c = it%RKV_CUDA_TILE;
+            const int first = max(i*a.n_group, r0), last = min((i + 1)*a.n_group, r1);
+            float top = ks[first - r0][c];
+            for (int r = first + 1; r < last; ++r) {
+                top = fmaxf(top, ks[r - r0][c]);
+            }
+            float & dst = out[(int64_t) i*s.n_pad + c];
+            if (first > i*a.n_group) {
+                top = fmaxf(dst, top); // the query's rows began in an earlier round
+            }
+            if (last == (i + 1)*a.n_group) {
+                top *= a.par.scale;
+                if (a.par.softcap > 0.0f) {
+                    top = a.par.softcap*(float) tanh((double) (top/a.par.softcap)); // -use_fast_math's tanhf has 11 bits
+                }
+            }
+            dst = top;
+        }
+    }
+}
+
+//
+// the formulas
+//
+
+static constexpr int FINISH_WARPS = 16;
+
+// exact to a unit or two in the last place for x <= 0, where -use_fast_math's loses more the smaller x is (Cephes, expf)
+static __device__ __forceinline__ float rkv_exp(float x) {
+    if (x < -87.0f) {
+        return 0.0f;
+    }
+    const float k = rintf(1.44269504f*x);
+    const float r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, x));
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3981999507e-3f);
+    p = fmaf(p, r, 8.3334519073e-3f);
+    p = fmaf(p, r, 4.1665795894e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 5.0000001201e-1f);
+    p = fmaf(p, r*r, r) + 1.0f;
+    return p*__int_as_float(((int) k + 127) << 23);
+}
+
+template <typename F>
+static __device__ float block_reduce_with(float x, float * shared, F f) {
+#pragma unroll
+    for (int offset = WARP_SIZE/2; offset > 0; offset /= 2) {
+        x = f(x, __shfl_xor_sync(0xffffffff, x, offset, WARP_SIZE));
+    }
+    __syncthreads(); // the last reduction has been read
+    if (threadIdx.x == 0) {
+        shared[threadIdx.y] = x;
+    }
+    __syncthreads();
+    x = shared[0];
+    for (int w = 1; w < FINISH_WARPS; ++w) {
+        x = f(x, shared[w]);
+    }
+    return x;
+}
+
+static __global__ void rkv_finish(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+    const int head = blockIdx.x, lane = threadIdx.x, warp = threadIdx.y;
+    const int tid = warp*WARP_SIZE + lane, n_thread = FINISH_WARPS*WARP_SIZE;
+    const int32_t * job = a.jobs[s.job0 + blockIdx.y];
+    const int jh     = blockIdx.y*a.n_head_kv + head;
+    const int n      = rkv_n_cells(job);
+    const int n_cand = n - a.par.window;
+    if (n_cand <= 0) {
+        return;
+    }
+    float * z = a.dst + (s.job0 + blockIdx.y)*a.dst_job + head*a.dst_head;
+    if (a.par.policy == RKV_POLICY_STREAMING) {
+        for (int j = tid; j < n_cand; j += n_thread) {
+            z[j] = j;
+        }
+        return;
+    }
+    __shared__ float shared[FINISH_WARPS];
+    __shared__ float top[RKV_MAX_WINDOW], unit[RKV_MAX_WINDOW];
+    const auto larger = [](float x, float y) { return fmaxf(x, y); };
+    const auto plus   = [](float x, float y) { return x + y; };
+
+    // softmax over the candidates, a warp per query
+    const uint32_t slots_lo = job[RKV_JOB_QUERY_LO], slots_hi = job[RKV_JOB_QUERY_HI];
+    const uint64_t in_window = a.par.window == 64 ? ~0ull : (1ull << a.par.window) - 1;
+    const int n_query = __popcll((slots_lo | (uint64_t) slots_hi << 32) & in_window);
+    const float * logits = s.logits + (int64_t) jh*a.par.window*s.n_pad;
+    for (int i = warp; i < n_query; i += FINISH_WARPS) {
+        const float * x = logits + (int64_t) i*s.n_pad;
+        float most = -INFINITY;
+#pragma unroll 8
+        for (int j = lane; j < n_cand; j += WARP_SIZE) {
+            most = fmaxf(most, x[j]);
+        }
+        most = warp_reduce_max(most);
+        float total = 0.0f;
+#pragma unroll 4
+        for (int j = lane; j < n_cand; j += WARP_SIZE) {
+            total += rkv_exp(x[j] - most);
+        }
+        total = warp_reduce_sum(total);
+        if (lane == 0) {
+            top [i] = most;
+            unit[i] = 1.0f/total;
+        }
+    }
+    __syncthreads();
+    float * mean = s.mean + (int64_t) jh*s.n_pad;
+    for (int j = tid; j < n_cand; j += n_thread) {
+        float total = 0.0f;
+#pragma unroll 4
+        for (int i = 0; i < n_query; ++i) {
+            total += rkv_exp(logits[(int64_t) i*s.n_pad + j] - top[i])*unit[i]*(1.0f/n_query);
+        }
+        mean[j] = total;
+    }
+    __syncthreads();
+    const int reach = a.par.pool/2;
+    const auto importance = [&](int j) {
+        const int lo = max(0, j - reach), hi = min(n_cand - 1, j + reach);
+        float top = mean[lo];
+        for (int i = lo + 1; i <= hi; ++i) {
+            top = fmaxf(top, mean[i]);
+        }
+        return top;
+    };
+
+    const float lambda = a.par.lambda;
+    float * m = s.m + (int64_t) jh*s.n_pad;
+    switch (a.par.policy) {
+        case RKV_POLICY_RKV: {
+            const unsigned long long * spared = s.spared + (int64_t) jh*s.n_pad;
+            float most = -INFINITY;
+            for (int j = tid; j < n; j += n_thread) {
+                m[j] = (m[j] - (float) (long long) spared[j]*(1.0f/RKV_SPARED_UNIT))*(1.0f/n);
+                most = fmaxf(most, m[j]);
+            }
+            most = block_reduce_with(most, shared, larger);
+            float total = 0.0f;
+            for (int j = tid; j < n; j += n_thread) {
+                m[j] = rkv_exp(m[j] - most);
+                total += m[j];
+            }
+            total = block_reduce_with(total, shared, plus);
+            for (int j = tid; j < n_cand; j += n_thread) {
+                z[j] = lambda*importance(j) - (1.0f - lambda)*(m[j]/total);
+            }
+        } break;
+        case RKV_POLICY_LATEST: {
+            float peak = -INFINITY;
+            for (int j = tid; j < n_cand; j += n_thread) {
+                peak = fmaxf(peak, mean[j]); // pooling does not change the maximum
+            }
+            peak = block_reduce_with(peak, shared, larger);
+            const float scale = peak > 0.0f ? 1.0f/peak : 0.0f;
+            for (int j = tid; j < n_cand; j += n_thread) {
+                z[j] = lambda*importance(j)*scale - (1.0f - lambda)*m[j];
+            }
+        } break;
+        default: // SnapKV
+            for (int j = tid; j < n_cand; j += n_thread) {
+                z[j] = importance(j);
+            }
+    }
+}
+
+//
+// one job's share of the scratch memory, and the launches
+//
+
+static size_t layout(const rkv_cuda_score_args & a, int n_jobs, char * base, rkv_cuda_scratch & s) {
+    const bool rkv = a.par.policy == RKV_POLICY_RKV, latest = a.par.policy == RKV_POLICY_LATEST;
+    s.n_tile = (a.n_cells + RKV_CUDA_TILE - 1)/RKV_CUDA_TILE;
+    s.n_pad  = s.n_tile*RKV_CUDA_TILE;
+    s.d_pad  = (a.n_embd + 15)/16*16;
+
+    const size_t cells = (size_t) n_jobs*a.n_head_kv*s.n_pad;
+    size_t used = 0;
+    const auto take = [&](size_t bytes) {
+        char * p = base + used;
+        used += (bytes + 255)/256*256;
+        return p;
+    };
+    s.unit_h  = (half  *) take(rkv ? cells*s.d_pad*sizeof(half) : 0);
+    s.unit_f  = (float *) take(latest ? cells*a.n_embd*sizeof(float) : 0);
+    s.logits  = (float *) take(cells*a.par.window*sizeof(float));
+    s.mean    = (float *) take(cells*sizeof(float));
+    s.inv     = (float *) take(rkv ? cells*sizeof(float) : 0);
+    s.m       = (float *) take(rkv || latest ? cells*sizeof(float) : 0);
+    s.partial = (float *) take(rkv ? cells/RKV_CUDA_TILE*a.n_embd*sizeof(float) : 0);
+    s.spared  = (unsigned long long *) take(rkv ? cells*sizeof(unsigned long long) : 0);
+    return used;
+}
+
+static int jobs_at_once(const rkv_cuda_score_args & a) {
+    rkv_cuda_scratch s;
+    const size_t one = layout(a, 1, nullptr, s);
+    return std::max<int>(1, std::min<size_t>(a.jobs.n, SCRATCH_MAX/one));
+}
+
+size_t rkv_cuda_score_scratch(const rkv_cuda_score_args & a) {
+    if (a.par.policy == RKV_POLICY_STREAMING) {
+        return 0;
+    }
+    rkv_cuda_scratch s;
+    return layout(a, jobs_at_once(a), nullptr, s);
+}
+
+bool rkv_cuda_type_supported(int type_k) {
+    switch (type_k) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_IQ4_NL:
+            return true;
+        default:
+            return false;
+    }
+}
+
+void rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, rkv_cuda_device device, cudaStream_t stream) {
+    const bool streaming = a.par.policy == RKV_POLICY_STREAMING;
+    const int  at_once   = streaming ? a.jobs.n : jobs_at_once(a);
+    for (int job0 = 0; job0 < a.jobs.n; job0 += at_once) {
+        const int n_jobs = std::min(at_once, a.jobs.n - job0);
+        rkv_cuda_scratch s = {};
+        if (!streaming) {
+            layout(a, at_once, scratch, s);
+        }
+        s.job0 = job0;
+        if (!streaming) {
+            rkv_with_type(a.type_k, [&](auto type) {
+                rkv_logits<decltype(type)::value><<<dim3(s.n_tile, a.n_head_kv, n_jobs), LOGIT_THREADS, 0, stream>>>(a, s);
+            });
+        }
+        if (a.par.policy == RKV_POLICY_RKV) {
+            keys(a, s, n_jobs, stream);
+            rkv_cuda_search(a, s, n_jobs, device, stream);
+        } else if (a.par.policy == RKV_POLICY_LATEST) {
+            keys(a, s, n_jobs, stream);
+            rkv_cuda_later(a, s, n_jobs, stream);
+        }
+        rkv_finish<<<dim3(a.n_head_kv, n_jobs), dim3(WARP_SIZE, FINISH_WARPS), 0, stream>>>(a, s);
+    }
+    CUDA_CHECK(cudaGetLastError());
+}

@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Makes docs/benchmarks.md from the JSON that scripts/gpu_bench.py wrote.
+
+python scripts/benchmarks_md.py bench.json > docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+MIB = 2**20
+# what the speed table of the GPU work was to reach
+REACH = {"ratio_1024": 0.97, "ratio_32768": 1.28, "many_1024": 0.93, "many_30": 4.8}
+# Llama-8B, one sequence: layers, KV heads, query heads, head size, cells, kept, window
+LAYERS, HEADS_KV, HEADS, HEAD, CELLS, KEPT, WINDOW = 32, 8, 32, 128, 1152, 1024, 8
+H200 = {"bandwidth": 4.8e12, "f16": 989e12, "f32": 67e12}  # bytes and operations per second, data sheet
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """With thousands separators; a dash for nothing."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """One decimal, two below 1 %."""
+    return "–" if value is None else f"{100 * value:.{2 if value < 0.01 else 1}f} %"
+
+
+def mib(value: float | None) -> str:
+    """Bytes as MiB."""
+    return "–" if value is None else f"{value / MIB:,.1f} MiB"
+
+
+def floor() -> dict[str, float]:
+    """Least time of one compaction of one sequence, in microseconds: bytes and operations by themselves."""
+    row = HEADS_KV * HEAD * 2
+    read = CELLS * row * LAYERS
+    moved = 2 * 2 * KEPT * row * LAYERS  # K and V, read and written
+    importance = 2 * HEADS * WINDOW * HEAD * CELLS * LAYERS
+    search = 2 * CELLS * CELLS * HEAD * HEADS_KV * LAYERS  # no key has a copy
+    return {
+        "bytes": (read + moved) / H200["bandwidth"] * 1e6,
+        "f32": importance / H200["f32"] * 1e6,
+        "f16": search / H200["f16"] * 1e6,
+    }
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def targets(rows: dict[str, list[Row]]) -> str:
+    """The table of what was to be reached."""
+    out: list[list[str]] = []
+
+    def line(what: str, value: str, reach: str, ok: bool) -> None:
+        out.append([what, value, reach, "yes" if ok else "**no**"])
+
+    for r in rows.get("one", []):
+        low, deep = REACH["ratio_1024"], REACH["ratio_32768"]
+        line(
+            f"{r['what']}, against stock at depth 1,024",
+            f"{r['ratio_1024']:.3f}",
+            f"≥ {low}",
+            r["ratio_1024"] >= low,
+        )
+        line(
+            "the same, against stock at depth 32,768",
+            f"{r['ratio_32768']:.2f}",
+            f"≥ {deep}",
+            r["ratio_32768"] >= deep,
+        )
+        line(
+            "share of compactions, 1 sequence",
+            percent(r["compaction_share"]),
+            "≤ 1 %",
+            r["compaction_share"] <= 0.01,
+        )
+        line("KV bytes, 1 sequence, f16", mib(r["kv_bytes"]), "≤ 160 MiB", r["kv_bytes"] <= 160 * MIB)
+    for r in rows.get("q8_0", []):
+        line("KV bytes, 1 sequence, q8_0", mib(r["kv_bytes"]), "≤ 85 MiB", r["kv_bytes"] <= 85 * MIB)
+    for r in rows.get("many", []):
+        low, deep = REACH["many_1024"], REACH["many_30"]
+        line(
+            f"{r['what']}, against as many of stock at depth 1,024",
+            f"{r['ratio_1024']:.3f}",
+            f"≥ {low}",
+            r["ratio_1024"] >= low,
+        )
+        line(
+            "the same, against 30 of stock at depth 8,192",
+            f"{r['ratio_30_8192']:.2f}",
+            f"≥ {deep}",
+            r["ratio_30_8192"] >= deep,
+        )
+        share = r["compaction_share"]
+        line(f"share of compactions, {r['what']}", percent(share), "≤ 5 %", share <= 0.05)
+    return table(["what", "measured", "to reach", "reached"], out)
+
+
+def speeds(report: Row) -> str:
+    """All rows in tokens per second."""
+    out = []
+    for r in report["rows"]:
+        stock = [
+            f"{number(r[key], 1)} ({text})"
+            for key, text in (
+                ("stock_1024", "depth 1,024"),
+                ("stock_32768", "depth 32,768"),
+                ("stock_30_8192", "30 sequences at depth 8,192"),
+                ("stock", "the same prompt"),
+                ("without", "queries not stored"),
+            )
+            if key in r
+        ]
+        out.append(
+            [
+                r["what"],
+                number(r["ours"], 1),
+                "; ".join(stock) or "–",
+                percent(r.get("compaction_share")),
+                number(r.get("us_per_compaction")),
+                mib(r.get("kv_bytes")),
+            ]
+        )
+    head = [
+        "what",
+        "tokens/s",
+        "stock tokens/s",
+        "compactions' share",
+        "µs per compaction and sequence",
+        "KV bytes",
+    ]
+    return table(head, out)
+
+
+def page(report: Row) -> str:
+    """The whole document."""
+    rows: dict[str, list[Row]] = {}
+    for r in report["rows"]:
+        rows.setdefault(r["part"], []).append(r)
+    least = floor()
+    parts = [
+        "# Benchmarks\n",
+        "Made by `scripts/benchmarks_md.py` from the JSON of `scripts/gpu_bench.py`; do not edit.\n",
+        f"{report['date']}, {report['gpu']} ({report['memory']}, driver {report['driver']}). {report['pins']}. "
+        f"Command: `{report['command']}`. Models of Llama-8B's shape with random weights, flash attention on, "
+        "B = 1,024, S = 128. Speeds in one row are of one run, in turns; all sequences together.\n",
+        "## What was to be reached\n",
+        targets(rows),
+        "The targets were set on an H100 and are ratios within one run.\n"
+        if "H100" not in report["gpu"]
+        else "",
+        "## Speeds\n",
+        speeds(report),
+        "Random weights make keys that have no copies: every search for one goes through the whole cache, which "
+        "text does not ask for.\n",
+        "## Floor of a compaction\n",
+        "One sequence, all layers, from the data sheet's rates of an H200: "
+        f"{least['bytes']:.0f} µs for the bytes (K read once, {KEPT:,} rows of K and V read and written), "
+        f"{least['f16']:.0f} µs for the search's products in float16 where no key has a copy, "
+        f"{least['f32']:.0f} µs for the importance in float32.\n",
+    ]
+    return "\n".join(p for p in parts if p)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("report", type=Path)
+    args = parser.parse_args(argv)
+    sys.stdout.write(page(json.loads(args.report.read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+#!/bin/bash
+# Everything that is to be said about a CUDA machine, in one call: build, parity, sanitizer, benchmarks.
+#
+#     scripts/gpu_report.sh [PHASE ...]      build parity sanitize greedy models bench (default: all)
+#
+# OUT      where results go (default: build/gpu-report)
+# WHEELS   a folder of wheels to install from, with no index (default: pip's own settings)
+# MODELS   where random models of Llama-8B's shape are written, 21 GB (default: a new folder in TMPDIR)
+# MODEL    the model of phase `greedy` (default: smollm2)
+# PARTS    of the benchmark, e.g. "one many" (default: all; 402 needs LLAMA_MAX_SEQ raised in src/llama-cparams.h)
+# CASES    part of a name of the cases that racecheck and initcheck run over (default: 8B, head, one)
+# RKV_LLAMA_CPP_SOURCE   a llama.cpp tree instead of the pinned archive
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-build/gpu-report}
+MODELS=${MODELS:-${TMPDIR:-/tmp}/rkv-models}
+MODEL=${MODEL:-smollm2}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT" "$MODELS"
+failed=()
+
+phase() { printf '\n== %s  (%s s)\n' "$*" "$SECONDS"; }
+check() { # NAME COMMAND ...: runs it, its output into $OUT/NAME.txt, the last lines on the terminal
+    local name=$1
+    shift
+    phase "$name: $*"
+    "$@" > "$OUT/$name.txt" 2>&1 || { failed+=("$name"); echo "FAILED ($?)"; }
+    tail -n "${LINES_SHOWN:-6}" "$OUT/$name.txt"
+}
+
+build() {
+    local pip=("$PYTHON" -m pip install --no-build-isolation --disable-pip-version-check)
+    [ -n "${WHEELS:-}" ] && pip+=(--no-index --find-links "$WHEELS")
+    local arch
+    arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+    export CMAKE_ARGS="-DLLAMA_BUILD=OFF -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=${arch}-real ${CMAKE_ARGS:-}"
+    check build "${pip[@]}" .
+    check build-tests cmake --build build/py3-none-* --target rkv-tests
+}
+
+tests() { ls build/py3-none-*/"$1"; }
+
+parity() {
+    check parity "$(tests test-rkv-backends)"
+    check ops "$(tests test-rkv-ops)"
+}
+
+sanitize() {
+    local run backends
+    backends=$(tests test-rkv-backends)
+    run=(compute-sanitizer --kernel-regex kns=rkv_ --error-exitcode 9)
+    check memcheck "${run[@]}" --tool memcheck "$backends" -d CUDA0
+    for cases in ${CASES:-8B head one}; do
+        check "racecheck-$cases" "${run[@]}" --tool racecheck "$backends" -d CUDA0 -c "$cases"
+        check "initcheck-$cases" "${run[@]}" --tool initcheck "$backends" -d CUDA0 -c "$cases"
+    done
+}
+
+# the same greedy tokens on the GPU, on the CPU, and with half of the layers on each
+greedy() {
+    local options=(-p "List the first forty prime numbers, one by one." -n 400 --temp 0 --ignore-eos --kv-budget 128 --kv-buffer 64
+        --batch-size 64)
+    for where in "all -ngl 99" "none -ngl 0" "half -ngl 15" "host -ngl 99 -nkvo"; do
+        # shellcheck disable=SC2086
+        set -- $where
+        local name=$1
+        shift
+        check "greedy-$name" rkv-local run "$MODEL" "${options[@]}" "$@"
+        grep -v "^\[\|tok/s" "$OUT/greedy-$name.txt" > "$OUT/tokens-$name.txt"
+    done
+    for name in none half host; do
+        cmp "$OUT/tokens-all.txt" "$OUT/tokens-$name.txt" && echo "greedy: all = $name"
+    done
+}
+
+models() {
+    local shape=(--layers 32 --heads 32 --kv-heads 8 --head-dim 128 --ff 14336 --vocab 128256 --rope-base 500000 --same-layers)
+    for type in f16 q4_0; do
+        [ -e "$MODELS/8b-$type.gguf" ] ||
+            check "model-$type" "$PYTHON" scripts/make_random_model.py "$MODELS/8b-$type.gguf" --type "$type" "${shape[@]}"
+    done
+}
+
+bench() {
+    local parts=()
+    for part in ${PARTS:-}; do
+        parts+=(--part "$part")
+    done
+    LINES_SHOWN=30 check bench "$PYTHON" scripts/gpu_bench.py "$OUT/bench.json" --f16 "$MODELS/8b-f16.gguf" \
+        --q4 "$MODELS/8b-q4_0.gguf" "${parts[@]}"
+}
+
+for step in ${@:-build parity sanitize greedy models bench}; do
+    "$step"
+done
+phase "done; failed: ${failed[*]:-nothing}"
+[ ${#failed[@]} -eq 0 ]

@@ -4,8 +4,8 @@
     python scripts/gpu_bench.py OUT.json --f16 MODEL [--q4 MODEL] [--part NAME ...] [--quick]
 
 Contexts that are compared take turns within one run, so that a machine that gets slower slows all of them.
-The model is any GGUF file; scripts/gpu_report.sh makes one of Llama-8B's shape with random weights. Parts that
-are measured again replace their rows in OUT.json.
+The model is any GGUF file; scripts/gpu_report.sh makes one of Llama-8B's shape with random weights. Parts
+that are measured again replace their rows in OUT.json.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from rkv_local import KVBudget
 from rkv_local import bench as rb
+from rkv_local.cli import nativelog
 
 BUDGET, BUFFER = 1024, 128
 NO_CAPTURE = "RKV_BENCH_NO_CAPTURE"  # native/rkv-graph.cpp
@@ -344,10 +345,9 @@ def main(argv: list[str] | None = None) -> int:
     report.update(environment())
     report["command"] = "scripts/gpu_report.sh bench"
     failed = 0
-    for model, names in (
-        (args.f16, [p for p in parts if p != "q4"]),
-        (args.q4, [p for p in parts if p == "q4"]),
-    ):
+    nativelog.install(verbose=False)
+    q4 = [p for p in parts if p == "q4"]
+    for model, names in ((args.f16, [p for p in parts if p not in q4]), (args.q4, q4)):
         if model is None or not names:
             continue
         b = Bench(model, args.quick)

@@ -8,7 +8,7 @@
 # MODELS   where random models of Llama-8B's shape are written, 21 GB (default: a new folder in TMPDIR)
 # MODEL    the model of phase `greedy` (default: smollm2)
 # PARTS    of the benchmark, e.g. "one many" (default: all; 402 needs LLAMA_MAX_SEQ raised in src/llama-cparams.h)
-# CASES    part of a name of the cases that racecheck and initcheck run over (default: 8B, head, one)
+# CASES    parts of names of the cases that racecheck and initcheck run over, between commas
 # RKV_LLAMA_CPP_SOURCE   a llama.cpp tree instead of the pinned archive
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -48,29 +48,35 @@ parity() {
 sanitize() {
     local run backends
     backends=$(tests test-rkv-backends)
-    run=(compute-sanitizer --kernel-regex kns=rkv_ --error-exitcode 9)
+    run=(compute-sanitizer --error-exitcode 9)
     check memcheck "${run[@]}" --tool memcheck "$backends" -d CUDA0
-    for cases in ${CASES:-8B head one}; do
-        check "racecheck-$cases" "${run[@]}" --tool racecheck "$backends" -d CUDA0 -c "$cases"
-        check "initcheck-$cases" "${run[@]}" --tool initcheck "$backends" -d CUDA0 -c "$cases"
+    local parts i=0
+    IFS=, read -ra parts <<< "${CASES:-head 128,rkv 8B layer f16,ragged,MLA,reference,rkv K and V,rope}"
+    for part in "${parts[@]}"; do
+        i=$((i + 1))
+        check "racecheck-$i" "${run[@]}" --tool racecheck "$backends" -d CUDA0 -c "$part"
+        check "initcheck-$i" "${run[@]}" --tool initcheck "$backends" -d CUDA0 -c "$part"
     done
 }
 
-# the same greedy tokens on the GPU, on the CPU, and with half of the layers on each
+# the same greedy tokens on the GPU, the CPU, half of the layers on each, the cache in main memory, and two devices
 greedy() {
-    local options=(-p "List the first forty prime numbers, one by one." -n 400 --temp 0 --ignore-eos --kv-budget 128 --kv-buffer 64
+    local options=(-p "List the first forty prime numbers, one by one." -n 300 --temp 0 --ignore-eos --kv-budget 128 --kv-buffer 64
         --batch-size 64)
-    for where in "all -ngl 99" "none -ngl 0" "half -ngl 15" "host -ngl 99 -nkvo"; do
-        # shellcheck disable=SC2086
-        set -- $where
+    run_greedy() { # NAME OPTION ...
         local name=$1
         shift
-        check "greedy-$name" rkv-local run "$MODEL" "${options[@]}" "$@"
-        grep -v "^\[\|tok/s" "$OUT/greedy-$name.txt" > "$OUT/tokens-$name.txt"
-    done
-    for name in none half host; do
-        cmp "$OUT/tokens-all.txt" "$OUT/tokens-$name.txt" && echo "greedy: all = $name"
-    done
+        phase "greedy-$name: $*"
+        rkv-local run "$MODEL" "${options[@]}" "$@" > "$OUT/tokens-$name.txt" 2> "$OUT/greedy-$name.txt" ||
+            { failed+=("greedy-$name"); echo "FAILED ($?)"; }
+        tail -n 3 "$OUT/greedy-$name.txt"
+        cmp "$OUT/tokens-gpu.txt" "$OUT/tokens-$name.txt" && echo "greedy-$name: $(wc -c < "$OUT/tokens-$name.txt") bytes as on the GPU"
+    }
+    run_greedy gpu  -ngl 99
+    run_greedy cpu  -ngl 0
+    run_greedy half -ngl 15
+    run_greedy host -ngl 99 -nkvo
+    GGML_CUDA_DEVICES=2 run_greedy two -ngl 99
 }
 
 models() {

@@ -257,8 +257,15 @@ struct scorer {
     ggml_tensor * keys(int64_t h, int64_t nh) {
         const ggml_type type = layer.k->type;
         const size_t    head = ggml_row_size(type, n_embd);
-        ggml_tensor * k = ggml_view_3d(g(), layer.k, n_embd, n, nh, layer.k->nb[1], head,
-            job[RKV_JOB_STREAM]*layer.k->nb[2] + begin*layer.k->nb[1] + h*head);
+        const size_t    cell = layer.k->nb[1], offset = job[RKV_JOB_STREAM]*layer.k->nb[2] + begin*cell + h*head;
+        ggml_tensor * k = ggml_view_3d(g(), layer.k, n_embd, n, nh, cell, head, offset);
+        if (ggml_is_quantized(type)) { // ggml-vulkan reads blocks only from where they are aligned: bring them there
+            const bool   words = head % 4 == 0 && cell % 4 == 0 && offset % 4 == 0;
+            const size_t el    = words ? 4 : 2;
+            ggml_tensor * x = ggml_cont(g(), alias(g, layer.k, layer.k, words ? word_type(g.dev) : GGML_TYPE_F16,
+                { { (int64_t) (head/el), n, nh }, { el, cell, head } }, offset));
+            k = alias(g, x, x, type, { { n_embd, n, nh }, { ggml_type_size(type), head, head*n } }, 0);
+        }
         if (type == GGML_TYPE_F32) {
             return ggml_cont(g(), k);
         }
@@ -345,10 +352,12 @@ struct scorer {
         } else {
             x = ggml_scale(g(), x, par.scale);
         }
-        x = ggml_add(g(), ggml_soft_max(g(), x), ggml_scale(g(), ggml_sum_rows(g(), k_len), 0.0f)); // a maximum may lose a NaN
+        x = ggml_soft_max(g(), x);
         x = ggml_pool_2d(g(), x, GGML_OP_POOL_AVG, 1, n_query, 1, n_query, 0, 0);
         const int reach = par.pool/2;
-        return reach ? ggml_pool_2d(g(), x, GGML_OP_POOL_MAX, 2*reach + 1, 1, 1, 1, reach, 0) : x;
+        x = reach ? ggml_pool_2d(g(), x, GGML_OP_POOL_MAX, 2*reach + 1, 1, 1, 1, reach, 0) : x;
+        // maxima may lose a key's NaN; 0*NaN is NaN again
+        return ggml_add(g(), x, ggml_scale(g(), ggml_sum_rows(g(), ggml_reshape_3d(g(), k_len, n_cand, 1, nh)), 0.0f));
     }
 
     ggml_tensor * redundancy(ggml_tensor * k, int64_t nh) {

@@ -347,7 +347,8 @@ def set_up() -> None:
 
 def run_tests(arguments: list[str]) -> int:
     once("test", " ".join(test_extra()), lambda: step("test tools", pip(*test_extra())))
-    env = {**os.environ, **build_environment()}
+    # threads that wait spin by default, and take the cores from each other where other work runs too
+    env = {"OMP_WAIT_POLICY": "passive", **os.environ, **build_environment()}
     step("native tests", ["cmake", "--build", str(BUILD), "--target", "rkv-tests"], env)
     native = subprocess.call(["ctest", "--test-dir", str(BUILD), "--output-on-failure"], env=env, cwd=ROOT)
     python = subprocess.call([str(PYTHON), "-m", "pytest", *arguments], env=env, cwd=ROOT)

@@ -40,6 +40,13 @@ struct graph {
         memcpy(inputs[t].data(), data.data(), ggml_nbytes(t));
         return t;
     }
+    // an input of which views are taken: each view of what lies on the host would be copied to the device by itself
+    template<typename T>
+    ggml_tensor * local(ggml_type type, const std::vector<T> & data, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1) {
+        ggml_tensor * t    = input(type, data, ne0, ne1, ne2);
+        ggml_tensor * copy = ggml_cont(ctx.get(), t);
+        return runs(copy) ? copy : t;
+    }
     bool runs(const ggml_tensor * node) const { return ggml_backend_dev_supports_op(dev, node); }
     ggml_tensor * expand(ggml_tensor * t) { ggml_build_forward_expand(gf, t); return t; }
 };
@@ -168,8 +175,9 @@ void move_rows(graph & g, ggml_tensor * data, ggml_tensor * idx, const int32_t *
                 cur = ggml_cpy(g(), got, alias(g, root, cur, word, { { l.n_word, nr, nh }, { 4, l.cell, l.group } }, dst));
                 src = alias(g, root, cur, word, { { l.n_word, end, nh }, { 4, l.cell, l.group } }, base);
             } else if (l.transposed) {
-                ggml_tensor * from = alias(g, got, got, atom, { { nr, l.n_atom, nh }, { w, l.atom, w*nr } }, 0);
-                cur = ggml_cpy(g(), from, alias(g, root, cur, atom, { { nr, l.n_atom, nh }, { l.atom, l.line, l.group } }, dst));
+                // the destination is the transposed one: ggml-cuda copies a transposed source as if the other were contiguous
+                ggml_tensor * from = alias(g, got, got, atom, { { l.n_atom, nr, nh }, { l.atom, w, w*nr } }, 0);
+                cur = ggml_cpy(g(), from, alias(g, root, cur, atom, { { l.n_atom, nr, nh }, { l.line, l.atom, l.group } }, dst));
             } else {
                 ggml_tensor * from = alias(g, got, got, atom, { { l.n_atom, nr, nh }, { l.atom, w, w*nr } }, 0);
                 cur = ggml_cpy(g(), from, alias(g, root, cur, atom, { { l.n_atom, nr, nh }, { l.atom, l.cell, l.group } }, dst));
@@ -471,7 +479,7 @@ struct scorer {
                 order[0] = 0.0f;
                 least = g.input(GGML_TYPE_F32, first, 1, n);
             }
-            off_diagonal = g.input(GGML_TYPE_F32, band, BLOCK, 2*n);
+            off_diagonal = g.local(GGML_TYPE_F32, band, BLOCK, 2*n);
             newness      = g.input(GGML_TYPE_F32, order, 1, n);
         }
         if (par.policy == RKV_POLICY_LATEST) {
@@ -482,8 +490,8 @@ struct scorer {
                     band[t*BLOCK + r] = t - n + n_old <= r ? -4.0f : 0.0f;
                 }
             }
-            not_later = g.input(GGML_TYPE_F32, band, BLOCK, n + n_new);
-            none      = g.input(GGML_TYPE_F32, std::vector<float>(par.n_sim*BLOCK*n_head, -1.0f), par.n_sim, BLOCK, n_head);
+            not_later = g.local(GGML_TYPE_F32, band, BLOCK, n + n_new);
+            none      = g.local(GGML_TYPE_F32, std::vector<float>(par.n_sim*BLOCK*n_head, -1.0f), par.n_sim, BLOCK, n_head);
             std::vector<float> order(n_new + par.n_sim);
             for (size_t j = 0; j < order.size(); ++j) {
                 order[j] = j + 1;
@@ -509,8 +517,8 @@ struct scorer {
                     lo[i] = p % RKV_ROPE_LO;
                     hi[i] = RKV_ROPE_LO + p/RKV_ROPE_LO;
                 }
-                at_lo = g.input(GGML_TYPE_I32, lo, n*n_head);
-                at_hi = g.input(GGML_TYPE_I32, hi, n*n_head);
+                at_lo = g.local(GGML_TYPE_I32, lo, n*n_head);
+                at_hi = g.local(GGML_TYPE_I32, hi, n*n_head);
             }
         }
     }

@@ -11,8 +11,9 @@
 // two factors rounded by 2^-11 each, of vectors not longer than 1, and float32 sums
 static constexpr float ROUNDING = 1.1e-3f;
 
-using tile_d  = ggml_cuda_mma::tile<16, 16, float>;
-using tile_ab = ggml_cuda_mma::tile<16, 8, half2>;
+using tile_d = ggml_cuda_mma::tile<16, 8, float>;
+using tile_x = ggml_cuda_mma::tile<16, 8, half2>; // keys that search
+using tile_y = ggml_cuda_mma::tile<8, 8, half2>;  // keys that are looked through
 
 template <int type>
 static __device__ __forceinline__ float cosine_as(int type_k, int n_embd, const char * ki, const char * kj, float ui, float uj) {
@@ -98,27 +99,28 @@ struct searchers {
 };
 
 // the 32 x 64 products of a warp: bits of the large ones; `bits` is this warp's, [32][2]
-static __device__ __forceinline__ bool collect(const tile_d (&acc)[2][4], float close, uint32_t * bits) {
+static __device__ __forceinline__ bool collect(const tile_d (&acc)[2][8], float close, uint32_t * bits) {
 #ifdef TURING_MMA_AVAILABLE
     float top[4] = { -INFINITY, -INFINITY, -INFINITY, -INFINITY };
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 0; c < 8; ++c) {
 #pragma unroll
         for (int l = 0; l < tile_d::ne; ++l) {
-            top[c] = fmaxf(top[c], fmaxf(acc[0][c].x[l], acc[1][c].x[l]));
+            top[l] = fmaxf(top[l], fmaxf(acc[0][c].x[l], acc[1][c].x[l]));
         }
     }
+    static_assert(tile_d::ne == 4, "bad tile size");
     if (!__any_sync(0xffffffff, fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])) > close)) {
         return false;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < 8; ++c) {
 #pragma unroll
             for (int l = 0; l < tile_d::ne; ++l) {
                 if (acc[r][c].x[l] > close) {
-                    const int col = 16*c + tile_d::get_j(l);
+                    const int col = 8*c + tile_d::get_j(l);
                     atomicOr(bits + 2*(16*r + tile_d::get_i(l)) + col/32, 1u << col%32);
                 }
             }
@@ -131,6 +133,22 @@ static __device__ __forceinline__ bool collect(const tile_d (&acc)[2][4], float 
     return false;
 #endif
 }
+
+#ifdef TURING_MMA_AVAILABLE
+// where a lane's part of a pair of tiles begins, as load_pair wants it; stride in halves
+static __device__ __forceinline__ uint32_t pair_address(const half * tile, int stride) {
+    const int lane = threadIdx.x;
+    return (uint32_t) __cvta_generic_to_shared(tile + (lane%8 + lane/16*8)*stride + lane/8%2*8);
+}
+
+// 16 keys by 16 elements. ggml_cuda_mma's own takes 64-bit addresses, one more addition for each load.
+static __device__ __forceinline__ void load_pair(tile_y (&y)[2], uint32_t address) {
+    int * y0 = (int *) y[0].x;
+    int * y1 = (int *) y[1].x;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(y0[0]), "=r"(y0[1]), "=r"(y1[0]), "=r"(y1[1]) : "r"(address));
+}
+#endif // TURING_MMA_AVAILABLE
 
 static __device__ __forceinline__ void copy_16(half * dst, const half * src) {
 #ifdef CP_ASYNC_AVAILABLE
@@ -153,7 +171,7 @@ static __device__ __forceinline__ void copies_done() {
 static constexpr int FAST_WARPS = 4, FAST_ROWS = 32*FAST_WARPS, FAST_THREADS = WARP_SIZE*FAST_WARPS;
 
 template <int D>
-static __global__ void __launch_bounds__(FAST_THREADS, 2) rkv_search_fast(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
+static __global__ void __launch_bounds__(FAST_THREADS, 3) rkv_search_fast(const rkv_cuda_score_args a, const rkv_cuda_scratch s) {
 #ifdef TURING_MMA_AVAILABLE
     const int head = blockIdx.y, lane = threadIdx.x, warp = threadIdx.y;
     const int tid  = warp*WARP_SIZE + lane, row0 = blockIdx.x*FAST_ROWS;
@@ -184,7 +202,7 @@ static __global__ void __launch_bounds__(FAST_THREADS, 2) rkv_search_fast(const 
     bits[tid] = bits[tid + FAST_ROWS] = 0;
     copies_done();
     __syncthreads();
-    tile_ab x[2][D/16];
+    tile_x x[2][D/16];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -195,11 +213,17 @@ static __global__ void __launch_bounds__(FAST_THREADS, 2) rkv_search_fast(const 
     __syncthreads();
 
     const auto fetch = [&](int tile) {
-        const half * src = unit + (int64_t) tile*RKV_CUDA_TILE*D;
-        half * dst = tiles[tile%2];
+        const int r = tid/8, e = 8*(tid%8); // 8 threads per key: addresses differ by constants from here on
+        const half * src = unit + (int64_t) tile*RKV_CUDA_TILE*D + r*D + e;
+        half * dst = tiles[tile%2] + r*stride + e;
 #pragma unroll
-        for (int it = tid; it < RKV_CUDA_TILE*D/8; it += FAST_THREADS) {
-            copy_16(dst + it/(D/8)*stride + 8*(it%(D/8)), src + 8*it);
+        for (int i = 0; i < RKV_CUDA_TILE; i += FAST_THREADS/8) {
+#pragma unroll
+            for (int j = 0; j < D; j += 64) {
+                if (j + 64 <= D || e + j < D) {
+                    copy_16(dst + i*stride + j, src + i*D + j);
+                }
+            }
         }
     };
     fetch(n_tile - 1);
@@ -218,25 +242,18 @@ static __global__ void __launch_bounds__(FAST_THREADS, 2) rkv_search_fast(const 
             continue;
         }
         const half * tile = tiles[t%2];
-        tile_d acc[2][4];
-        tile_ab y[2][4]; // the next elements are on their way while these are multiplied
-        const auto load = [&](int e) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                ggml_cuda_mma::load_ldmatrix(y[e%2][c], (const half2 *) (tile + 16*c*stride + 16*e), stride/2);
-            }
-        };
-        load(0);
+        tile_d acc[2][8];
+        const uint32_t address = pair_address(tile, stride);
 #pragma unroll
         for (int e = 0; e < D/16; ++e) {
-            if (e + 1 < D/16) {
-                load(e + 1);
-            }
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
+            for (int c = 0; c < 8; c += 2) {
+                tile_y y[2];
+                load_pair(y, address + sizeof(half)*(8*c*stride + 16*e));
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    ggml_cuda_mma::mma(acc[r][c], x[r][e], y[e%2][c]);
+                    ggml_cuda_mma::mma(acc[r][c],     x[r][e], y[0]);
+                    ggml_cuda_mma::mma(acc[r][c + 1], x[r][e], y[1]);
                 }
             }
         }
@@ -315,7 +332,7 @@ static __global__ void __launch_bounds__(n_warp*WARP_SIZE) rkv_search(const rkv_
     searchers search(a, s, job, head, at, row0 + tid);
     const float close = a.par.threshold - ROUNDING;
 #ifdef TURING_MMA_AVAILABLE
-    tile_d acc[2][4];
+    tile_d acc[2][8];
 #else
     float acc[32][2];
 #endif
@@ -339,26 +356,25 @@ static __global__ void __launch_bounds__(n_warp*WARP_SIZE) rkv_search(const rkv_
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
 #pragma unroll
-                for (int c = 0; c < 4; ++c) {
+                for (int c = 0; c < 8; ++c) {
                     acc[r][c] = tile_d();
                 }
             }
         }
         for (int e = 0; e < width; e += 16) {
-            tile_ab x[2], y[4];
+            tile_x x[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 ggml_cuda_mma::load_ldmatrix(x[r], (const half2 *) (rows + (32*warp + 16*r)*stride_a + e0 + e), stride_a/2);
             }
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                ggml_cuda_mma::load_ldmatrix(y[c], (const half2 *) (tile + 16*c*STRIDE_B + e), STRIDE_B/2);
-            }
+            for (int c = 0; c < 8; c += 2) {
+                tile_y y[2];
+                load_pair(y, pair_address(tile, STRIDE_B) + sizeof(half)*(8*c*STRIDE_B + e));
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    ggml_cuda_mma::mma(acc[r][c], x[r], y[c]);
+                for (int r = 0; r < 2; ++r) {
+                    ggml_cuda_mma::mma(acc[r][c],     x[r], y[0]);
+                    ggml_cuda_mma::mma(acc[r][c + 1], x[r], y[1]);
                 }
             }
         }

@@ -86,11 +86,11 @@ static __device__ void undo_rope(const rkv_op_params & par, float2 (&x)[NP], int
             row[e + 1] = x[p].y;
         }
     }
-    __syncwarp();
+    ggml_cuda_syncwarp();
     for (int i = lane; i < n_half; i += WARP_SIZE) {
         turn(i, row[i], row[i + n_half]);
     }
-    __syncwarp();
+    ggml_cuda_syncwarp();
 #pragma unroll
     for (int p = 0; p < NP; ++p) {
         const int e = 2*lane + 64*p;
@@ -98,7 +98,7 @@ static __device__ void undo_rope(const rkv_op_params & par, float2 (&x)[NP], int
             x[p] = make_float2(row[e], row[e + 1]);
         }
     }
-    __syncwarp(); // the row is used again
+    ggml_cuda_syncwarp(); // the row is used again
 }
 
 template <int type, int NP, bool unrotated>

@@ -126,7 +126,7 @@ static __device__ __forceinline__ bool collect(const tile_d (&acc)[2][8], float 
             }
         }
     }
-    __syncwarp();
+    ggml_cuda_syncwarp();
     return true;
 #else
     GGML_UNUSED_VARS(acc, close, bits);
@@ -261,7 +261,7 @@ static __global__ void __launch_bounds__(FAST_THREADS, 3) rkv_search_fast(const 
             uint2 * mine = (uint2 *) (bits + 2*tid);
             search.resolve(*mine, t*RKV_CUDA_TILE);
             *mine = make_uint2(0, 0);
-            __syncwarp();
+            ggml_cuda_syncwarp();
         }
     }
     copies_done(); // a block ends with no copy under way
@@ -409,13 +409,13 @@ static __global__ void __launch_bounds__(n_warp*WARP_SIZE) rkv_search(const rkv_
                 }
             }
             any = __any_sync(0xffffffff, any);
-            __syncwarp();
+            ggml_cuda_syncwarp();
         }
 #endif
         if (any) {
             search.resolve(make_uint2(mine[0], mine[1]), (n_tile - 1 - step/n_chunk)*RKV_CUDA_TILE);
             mine[0] = mine[1] = 0;
-            __syncwarp();
+            ggml_cuda_syncwarp();
         }
     }
     copies_done();

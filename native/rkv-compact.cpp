@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-static constexpr size_t JOBS_PER_PASS   = 16; // bounds the temporary memory
+static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory
 static constexpr int    NODES_PER_LAYER = 7;
 
 namespace {
@@ -64,7 +64,8 @@ ggml_backend_t rkv_cache::backend_of(const ggml_tensor * t) const {
     return backends.back();
 }
 
-// Runs a graph whose nodes all work on cache tensors. Inputs are set between allocation and computation.
+// Starts a graph whose nodes all work on cache tensors; it may still run when this returns. Inputs are set between
+// allocation and computation.
 bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
         const std::map<ggml_tensor *, const std::vector<float> *> & tables) {
     if (!sched) {
@@ -114,7 +115,8 @@ bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<
             ggml_backend_tensor_set(t, data->data(), 0, ggml_nbytes(t));
         }
     }
-    if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+    if (ggml_backend_sched_graph_compute_async(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        ggml_backend_sched_synchronize(sched.get());
         return rkv_set_error("the compaction failed to compute");
     }
     return true;
@@ -267,6 +269,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
             streams[s].exact     = in_full;
         }
     }
+    ggml_backend_sched_synchronize(sched.get()); // the metadata above took about as long as a device does
     return true;
 }
 
@@ -339,6 +342,7 @@ bool rkv_cache::close_holes(uint32_t strm) {
         c.seq_add(first + i, strm);
     }
     streams[strm].old_end = old_used > 0 ? first + old_used : 0;
+    ggml_backend_sched_synchronize(sched.get());
     return true;
 }
 

@@ -378,8 +378,13 @@ std::vector<uint32_t> rkv_cache::find_rows(uint32_t strm, uint32_t n_tokens) con
 }
 
 // In steady state a single value, so that the decode graph is reused from one compaction to the next.
-uint32_t rkv_cache::n_kv(uint32_t used_max_p1) const {
-    const uint32_t steady = std::min(n_cells(), (uint32_t) GGML_PAD(n_budget_max + params.buffer, 32));
+uint32_t rkv_cache::n_kv(uint32_t used_max_p1) {
+    if (n_kv_pad == 0) { // CUDA's flash attention is several times slower for an n_kv that is not a multiple of 256
+        n_kv_pad = std::all_of(layers.begin(), layers.end(), [](const layer_t & l) {
+            return !l.k->buffer || ggml_backend_buffer_is_host(l.k->buffer);
+        }) ? 32 : 256;
+    }
+    const uint32_t steady  = std::min(n_cells(), (uint32_t) GGML_PAD(n_budget_max + params.buffer, n_kv_pad));
     if (used_max_p1 <= n_budget_max) {
         return std::min(n_cells(), std::max(256u, (uint32_t) GGML_PAD(used_max_p1, 256)));
     }

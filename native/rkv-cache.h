@@ -61,7 +61,7 @@ public:
 
     bool make_room(const std::vector<llama_ubatch> & ubatches); // compacts what has to be; false: does not fit
     std::vector<uint32_t> find_rows(uint32_t strm, uint32_t n_tokens) const; // empty: does not fit
-    uint32_t n_kv(uint32_t used_max_p1) const;
+    uint32_t n_kv(uint32_t used_max_p1);
 
     //
     // introspection
@@ -131,6 +131,7 @@ private:
     bool run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
              const std::map<ggml_tensor *, const std::vector<float> *> & tables);
     bool init_backends();
+    bool give_up(const std::vector<uint32_t> & strms); // after a failure; false
     rkv_generic_layer  generic_layer(const layer_t & layer) const;
     rkv_generic::views generic_views(const layer_t & layer) const;
     uint32_t used_end(uint32_t strm) const;
@@ -158,6 +159,9 @@ private:
     ggml_backend_sched_ptr sched;
     std::vector<ggml_backend_t> backends;
     std::unique_ptr<rkv_generic> generic;
+
+    uint32_t n_kv_pad = 0;    // 0: not known yet
+    bool     touched  = false; // a pass has begun to move rows
 
     uint64_t n_compactions = 0;
     uint64_t t_us          = 0;

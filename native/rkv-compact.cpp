@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-static constexpr size_t JOBS_PER_PASS   = 16; // bounds the temporary memory
+static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory
 static constexpr int    NODES_PER_LAYER = 7;
 
 namespace {
@@ -98,7 +98,8 @@ rkv_generic::views rkv_cache::generic_views(const layer_t & l) const {
     return [this, &l](ggml_context * ctx) { return gathered(ctx, l, hparams(), v_transposed()); };
 }
 
-// Runs a graph whose nodes all work on cache tensors. Inputs are set between allocation and computation.
+// Starts a graph whose nodes all work on cache tensors; it may still run when this returns. Inputs are set between
+// allocation and computation.
 bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
         const std::map<ggml_tensor *, const std::vector<float> *> & tables) {
     if (ggml_graph_n_nodes(gf) == 0) { // all layers took the generic path
@@ -129,10 +130,25 @@ bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<
             ggml_backend_tensor_set(t, data->data(), 0, ggml_nbytes(t));
         }
     }
-    if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+    touched = true;
+    if (ggml_backend_sched_graph_compute_async(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        ggml_backend_sched_synchronize(sched.get());
         return rkv_set_error("the compaction failed to compute");
     }
     return true;
+}
+
+// A device failed. Where rows may have moved, no layer's rows mean anything any more without the others'.
+bool rkv_cache::give_up(const std::vector<uint32_t> & strms) {
+    if (touched) {
+        const std::string why = rkv_last_error();
+        for (const uint32_t s : strms) {
+            kv.v_cells[s].reset();
+            reset_if_empty(s);
+        }
+        rkv_set_error("%s; what %zu sequences held is lost: read them again", why.c_str(), strms.size());
+    }
+    return false;
 }
 
 bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
@@ -140,7 +156,8 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
 
     bool ok = true;
     for (size_t i = 0; ok && i < strms.size(); i += JOBS_PER_PASS) {
-        ok = compact_some({ strms.begin() + i, strms.begin() + std::min(i + JOBS_PER_PASS, strms.size()) });
+        const std::vector<uint32_t> some(strms.begin() + i, strms.begin() + std::min(i + JOBS_PER_PASS, strms.size()));
+        ok = compact_some(some) || give_up(some);
     }
     t_us += ggml_time_us() - t0;
     if (!ok) {
@@ -152,6 +169,7 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
 // No sequence has holes, and each reaches beyond row n_budget_max: so every group's rows move towards the front.
 bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
     const int64_t n_jobs = strms.size();
+    touched = false;
     if (!init_backends()) {
         return false;
     }
@@ -221,6 +239,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         for (int64_t i = 0; i < n_jobs; ++i) {
             const int32_t * job = g.job_data.data() + i*RKV_JOB_N;
             evicted += (double) l.n_head_kv*(job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - job[RKV_JOB_KEEP]);
+            touched = touched || l.generic;
             if (l.generic && !generic->pass(backend_of(l.k), generic_layer(l), job, new_pos_data.data() + i*n_cells(), generic_views(l))) {
                 return rkv_set_error("the compaction of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
             }
@@ -292,6 +311,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
             streams[s].exact     = in_full;
         }
     }
+    ggml_backend_sched_synchronize(sched.get()); // the metadata above took about as long as a device does
     return true;
 }
 
@@ -303,6 +323,7 @@ bool rkv_cache::close_holes(uint32_t strm) {
     if (end - first == c.get_used()) {
         return true;
     }
+    touched = false;
     if (!init_backends()) {
         return false;
     }
@@ -350,8 +371,10 @@ bool rkv_cache::close_holes(uint32_t strm) {
             data.resize(n_cells(), 0);
         }
         if (l.generic) {
+            touched = true;
             if (!generic->gather(backend_of(l.k), inputs[jobs].data(), inputs[rows], generic_views(l))) {
-                return rkv_set_error("closing holes of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
+                rkv_set_error("closing holes of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
+                return give_up({ strm });
             }
             continue;
         }
@@ -360,7 +383,7 @@ bool rkv_cache::close_holes(uint32_t strm) {
         }
     }
     if (!run(gf, inputs, {})) {
-        return false;
+        return give_up({ strm });
     }
 
     std::vector<llama_pos> pos;
@@ -373,6 +396,7 @@ bool rkv_cache::close_holes(uint32_t strm) {
         c.seq_add(first + i, strm);
     }
     streams[strm].old_end = old_used > 0 ? first + old_used : 0;
+    ggml_backend_sched_synchronize(sched.get());
     return true;
 }
 

@@ -4,10 +4,12 @@
 #include "llama-batch.h"
 #include "llama-graph.h"
 #include "llama-hparams.h"
+#include "llama-impl.h"
 #include "llama-kv-cache.h"
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 void rkv_build_inputs(ggml_context * ctx, const llama_ubatch & ubatch, llm_graph_input_attn_kv & inp) {
     const rkv_cache * rkv = inp.mctx->get_kv()->rkv.get();
@@ -105,7 +107,9 @@ void rkv_capture(ggml_context * ctx, ggml_cgraph * gf, const llm_graph_input_att
         return;
     }
     layer->op.scale = kq_scale*layer->scale_mul;
-    if (getenv("RKV_BENCH_NO_CAPTURE")) { // scripts/gpu_bench.py measures what the line below costs
+    const char * no_capture = getenv("RKV_BENCH_NO_CAPTURE"); // scripts/gpu_bench.py measures what capture costs
+    if (no_capture && strcmp(no_capture, "1") == 0) {
+        LLAMA_LOG_WARN("%s: RKV_BENCH_NO_CAPTURE is set: what is kept means nothing\n", __func__);
         layer->captured = true;
         return;
     }

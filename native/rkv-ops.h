@@ -86,6 +86,22 @@ struct ggml_tensor * ggml_rkv_select(struct ggml_context * ctx, struct ggml_tens
 struct ggml_tensor * ggml_rkv_compact(struct ggml_context * ctx, struct ggml_tensor * data, struct ggml_tensor * idx,
         struct ggml_tensor * jobs, const struct rkv_op_params * par);
 
+// What any kernel may take for granted about a SCORE node; a backend adds its own limits (types, head sizes).
+static inline bool rkv_score_is_sane(const struct ggml_tensor * op, const struct rkv_op_params * par) {
+    const struct ggml_tensor * k = op->src[0];
+    const struct ggml_tensor * q = op->src[1];
+    if (par->n_head_kv < 1 || k->ne[0] % par->n_head_kv != 0) {
+        return false;
+    }
+    const int64_t n_embd = k->ne[0]/par->n_head_kv;
+    return n_embd % ggml_blck_size(k->type) == 0 && k->nb[0] == ggml_type_size(k->type) &&
+        q->nb[0] == sizeof(float) && q->ne[0] % k->ne[0] == 0 &&
+        par->window >= 0 && par->window <= RKV_MAX_WINDOW && q->ne[1] >= par->window &&
+        (par->n_hadamard == 0 || (n_embd % par->n_hadamard == 0 && (par->n_hadamard & (par->n_hadamard - 1)) == 0)) &&
+        par->n_rot >= 0 && par->n_rot <= n_embd && par->n_rot % 2 == 0 &&
+        (!op->src[4] || (par->n_sim >= 1 && par->n_sim <= RKV_MAX_AUX && op->src[4]->ne[0] >= par->n_sim));
+}
+
 #ifdef __cplusplus
 }
 #endif

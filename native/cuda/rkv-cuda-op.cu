@@ -124,13 +124,14 @@ bool ggml_cuda_op_rkv_supported(int device, const ggml_tensor * op) {
         case RKV_SUB_OP_COMPACT:
             return op->ne[2] % op->src[1]->ne[1] == 0;
         case RKV_SUB_OP_SCORE: {
+            if (!rkv_score_is_sane(op, &par)) {
+                return false;
+            }
             const ggml_tensor * k = op->src[0];
             const int64_t n_embd = k->ne[0]/par.n_head_kv;
-            return rkv_cuda_type_supported(k->type) && k->nb[0] == ggml_type_size(k->type) &&
-                n_embd % 2 == 0 && n_embd % ggml_blck_size(k->type) == 0 && n_embd <= RKV_CUDA_MAX_EMBD &&
+            return rkv_cuda_type_supported(k->type) && n_embd % 2 == 0 && n_embd <= RKV_CUDA_MAX_EMBD && par.window >= 1 &&
                 par.policy > RKV_POLICY_NONE && par.policy < RKV_POLICY_COUNT &&
-                par.window >= 1 && par.window <= RKV_MAX_WINDOW && par.n_sim <= RKV_MAX_AUX &&
-                (par.policy != RKV_POLICY_LATEST || (op->src[4] && op->src[4]->ne[0] >= par.n_sim)) &&
+                (par.policy != RKV_POLICY_LATEST || op->src[4]) &&
                 (par.policy != RKV_POLICY_RKV || rkv_cuda_search_supported(n_embd, device_of(device)));
         }
         default:

@@ -51,19 +51,9 @@ static int key_type(ggml_type type) {
 }
 
 static bool supports_score(const ggml_tensor * op, const rkv_op_params & par) {
-    const ggml_tensor * k = op->src[0];
-    const ggml_tensor * q = op->src[1];
-    if (par.policy <= RKV_POLICY_NONE || par.policy >= RKV_POLICY_COUNT || par.n_head_kv < 1 || k->ne[0] % par.n_head_kv) {
-        return false;
-    }
-    const int64_t n_embd = k->ne[0]/par.n_head_kv;
-    return key_type(k->type) >= 0 && n_embd % ggml_blck_size(k->type) == 0 && n_embd <= MAX_HEAD &&
-        k->nb[0] == ggml_type_size(k->type) && q->nb[0] == sizeof(float) && q->ne[0] % k->ne[0] == 0 &&
-        par.window >= 0 && par.window <= RKV_MAX_WINDOW && q->ne[1] >= par.window &&
-        (par.n_hadamard == 0 || (n_embd % par.n_hadamard == 0 && (par.n_hadamard & (par.n_hadamard - 1)) == 0)) &&
-        par.n_rot >= 0 && par.n_rot <= n_embd && par.n_rot % 2 == 0 &&
-        (par.policy != RKV_POLICY_LATEST ||
-            (op->src[4] && par.n_sim >= 1 && par.n_sim <= RKV_METAL_MAX_SIM && op->src[4]->ne[0] >= par.n_sim));
+    return par.policy > RKV_POLICY_NONE && par.policy < RKV_POLICY_COUNT && rkv_score_is_sane(op, &par) &&
+        key_type(op->src[0]->type) >= 0 && op->src[0]->ne[0]/par.n_head_kv <= MAX_HEAD &&
+        (par.policy != RKV_POLICY_LATEST || (op->src[4] && par.n_sim <= RKV_METAL_MAX_SIM));
 }
 
 // the largest words that a gather can move

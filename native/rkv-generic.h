@@ -12,8 +12,8 @@
 #include <map>
 #include <vector>
 
-// Temporary memory of a graph on the layer's device. A single head's keys in F32 and 16 rows of cosines are the least
-// that it can be.
+// Temporary memory of a graph on the layer's device. A head is the least that is worked on at once: about 5 KiB per cell
+// (8 copies of its keys in F32, 6 blocks of 32 rows of cosines), so very large budgets need more.
 constexpr size_t RKV_GENERIC_TEMP = 64u << 20;
 
 // RKV_GENERIC=1: for tests, also where there are kernels

@@ -131,8 +131,9 @@ def page(report: Row) -> str:
         "Made by `scripts/benchmarks_md.py` from the JSON of `scripts/gpu_bench.py`; do not edit.\n",
         f"{report['date']}, {report['gpu']} ({report['memory']}, driver {report['driver']}). "
         f"{report['pins']}. Command: `{report['command']}`. Models of Llama-8B's shape with random weights, "
-        "flash attention on, B = 1,024, S = 128. Speeds in one row are of one run, in turns, all sequences "
-        "together; a compaction's time is that of one sequence in all layers.\n",
+        "flash attention on, B = 1,024, S = 128. Speeds in one row are of one run (the first two tables"
+        " in turns, else one after the other), all sequences together; a compaction's time is that of one "
+        "sequence in all layers.\n",
         "## What was to be reached\n",
         targets(rows),
         "The targets were set on an H100 and are ratios within one run.\n"

@@ -105,11 +105,6 @@ def spent(arm: rb.Arm, run: Callable[[], float]) -> tuple[float, Row]:
     return value, row
 
 
-def mean(values: list[float]) -> float:
-    """Median."""
-    return statistics.median(values)
-
-
 def one_sequence(b: Bench) -> Iterator[Row]:
     """A long trace against stock at two depths, all in turns."""
     total = 4096 if b.quick else 32_768
@@ -133,10 +128,10 @@ def one_sequence(b: Bench) -> Iterator[Row]:
         "part": "one",
         "what": f"1 sequence, {total:,} tokens",
         "ours": total / seconds,
-        "stock_1024": mean(shallow),
-        "stock_32768": mean(deep),
-        "ratio_1024": total / seconds / mean(shallow),
-        "ratio_32768": total / seconds / mean(deep),
+        "stock_1024": statistics.median(shallow),
+        "stock_32768": statistics.median(deep),
+        "ratio_1024": total / seconds / statistics.median(shallow),
+        "ratio_32768": total / seconds / statistics.median(deep),
         "compaction_share": share,
         "compactions": passes,
         "us_per_compaction": 1e6 * share * seconds / passes,
@@ -161,11 +156,11 @@ def many_sequences(b: Bench, parallel: int = 256) -> Iterator[Row]:
     row = {
         "part": "many",
         "what": f"{parallel} sequences",
-        "ours": mean(speeds),
-        "stock_1024": mean(stocks),
-        "ratio_1024": mean(speeds) / mean(stocks),
-        "compaction_share": mean([s["compaction_share"] for s in shares]),
-        "us_per_compaction": mean([s["us_per_compaction"] for s in shares]),
+        "ours": statistics.median(speeds),
+        "stock_1024": statistics.median(stocks),
+        "ratio_1024": statistics.median(speeds) / statistics.median(stocks),
+        "compaction_share": statistics.median([s["compaction_share"] for s in shares]),
+        "us_per_compaction": statistics.median([s["us_per_compaction"] for s in shares]),
         **sizes(ours),
         "stock_kv_bytes_1024": stock.kv_bytes,
     }
@@ -232,11 +227,11 @@ def prompt(b: Bench) -> Iterator[Row]:
         yield {
             "part": "prompt",
             "what": f"prompt of {length:,} tokens in chunks of {chunk}",
-            "ours": mean([s[0] for s in speeds]),
-            "stock": mean([s[1] for s in speeds]),
-            "ratio": mean(ratios),
+            "ours": statistics.median([s[0] for s in speeds]),
+            "stock": statistics.median([s[1] for s in speeds]),
+            "ratio": statistics.median(ratios),
             "compactions": passes,
-            "compaction_share": mean(shares[1:]),
+            "compaction_share": statistics.median(shares[1:]),
         }
         b.close()
 
@@ -268,9 +263,9 @@ def capture(b: Bench) -> Iterator[Row]:
     yield {
         "part": "capture",
         "what": "1 sequence, queries stored against not stored",
-        "ours": mean(speeds[0]),
-        "without": mean(speeds[1]),
-        "ratio": mean([a / b for a, b in zip(*speeds, strict=True)]),
+        "ours": statistics.median(speeds[0]),
+        "without": statistics.median(speeds[1]),
+        "ratio": statistics.median([a / b for a, b in zip(*speeds, strict=True)]),
         "samples": speeds,
     }
 

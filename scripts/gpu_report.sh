@@ -41,8 +41,8 @@ build() {
 tests() { ls build/py3-none-*/"$1"; }
 
 parity() {
-    check parity "$(tests test-rkv-backends)"
-    check ops "$(tests test-rkv-ops)"
+    check parity "$(tests test-rkv-backends)" -d CUDA0
+    check generic "$(tests test-rkv-generic)" -d CUDA0
 }
 
 sanitize() {
@@ -51,7 +51,7 @@ sanitize() {
     run=(compute-sanitizer --error-exitcode 9)
     check memcheck "${run[@]}" --tool memcheck "$backends" -d CUDA0
     local parts i=0
-    IFS=, read -ra parts <<< "${CASES:-head 128,rkv 8B layer f16,ragged,MLA,reference,rkv K and V,rope}"
+    IFS=, read -ra parts <<< "${CASES:-head 128,rkv 8B layer f16,ragged,MLA,reference,rkv K and V,rope,window,group,16 sequences}"
     for part in "${parts[@]}"; do
         i=$((i + 1))
         check "racecheck-$i" "${run[@]}" --tool racecheck "$backends" -d CUDA0 -c "$part"
@@ -59,10 +59,10 @@ sanitize() {
     done
 }
 
-# the same greedy tokens on the GPU, the CPU, half of the layers on each, the cache in main memory, and two devices
+# greedy tokens on the GPU, with the cache in main memory, on two devices, half of the layers on each side, on the CPU
 greedy() {
-    local options=(-p "List the first forty prime numbers, one by one." -n 300 --temp 0 --ignore-eos --kv-budget 128 --kv-buffer 64
-        --batch-size 64)
+    local options=(-p "List the first forty prime numbers, one by one." -n 300 --temp 0 --ignore-eos --kv-budget 128
+        --kv-buffer 64 --batch-size 64)
     run_greedy() { # NAME OPTION ...
         local name=$1
         shift
@@ -70,13 +70,27 @@ greedy() {
         rkv-local run "$MODEL" "${options[@]}" "$@" > "$OUT/tokens-$name.txt" 2> "$OUT/greedy-$name.txt" ||
             { failed+=("greedy-$name"); echo "FAILED ($?)"; }
         tail -n 3 "$OUT/greedy-$name.txt"
-        cmp "$OUT/tokens-gpu.txt" "$OUT/tokens-$name.txt" && echo "greedy-$name: $(wc -c < "$OUT/tokens-$name.txt") bytes as on the GPU"
+    }
+    same() { # NAME NAME: the first is the one to be held to
+        if [ -s "$OUT/tokens-$1.txt" ] && cmp "$OUT/tokens-$1.txt" "$OUT/tokens-$2.txt"; then
+            echo "$2: $(wc -c < "$OUT/tokens-$2.txt") bytes as $1"
+        else
+            failed+=("greedy: $2 differs from $1")
+        fi
     }
     run_greedy gpu  -ngl 99
-    run_greedy cpu  -ngl 0
-    run_greedy half -ngl 15
     run_greedy host -ngl 99 -nkvo
     GGML_CUDA_DEVICES=2 run_greedy two -ngl 99
+    same gpu host
+    same gpu two
+    # other arithmetic in the weights' products, with a budget and without: where do stock's own tokens part?
+    run_greedy cpu       -ngl 0
+    run_greedy half      -ngl 15
+    run_greedy stock     -ngl 99 --kv-policy none
+    run_greedy stock-cpu -ngl 0  --kv-policy none
+    for pair in "gpu cpu" "gpu half" "stock stock-cpu"; do
+        cmp "$OUT/tokens-${pair% *}.txt" "$OUT/tokens-${pair#* }.txt"
+    done
 }
 
 models() {

@@ -33,7 +33,7 @@ build() {
     [ -n "${WHEELS:-}" ] && pip+=(--no-index --find-links "$WHEELS")
     local arch
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
-    export CMAKE_ARGS="-DLLAMA_BUILD=OFF -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=${arch}-real ${CMAKE_ARGS:-}"
+    export CMAKE_ARGS="-DLLAMA_BUILD=OFF -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_ARCHITECTURES=${arch}-real ${CMAKE_ARGS:-}"
     check build "${pip[@]}" .
     check build-tests cmake --build build/py3-none-* --target rkv-tests
 }

@@ -54,10 +54,14 @@ def bench(**values: Any) -> None:
     For each depth and flash attention setting: tokens per second of the full cache and of the budget (median
     and interquartile range of the repetitions), the memory allocated for the cache, by how much the process
     grew, and the share of the time that compactions took. The last rows are the full cache at the budget's
-    mean depth (budget + buffer / 2): the speed that the budget would have if eviction cost nothing. The
-    budget's batch is its buffer, so that budget + buffer cells are allocated.
+    mean depth (budget + buffer / 2): the speed that the budget would have if eviction cost nothing. On the
+    CPU the budget's batch is its buffer, so that budget + buffer cells are allocated, on a GPU the usual one.
     """
-    kv = budget_of(values, values["kv_buffer"])
+    from rkv_local.cli.devices import has_gpu
+
+    # CUDA's flash attention is slow where the cells are no multiple of 256, as they are by default
+    on_gpu = values["gpu_layers"] != 0 and not values["no_kv_offload"] and has_gpu()
+    kv = budget_of(values, None if on_gpu else values["kv_buffer"])
     settings = {"on": (True,), "off": (False,), "both": (False, True)}[values["fa"]]
     if is_quantised(values["cache_type_v"]):
         if values["fa"] == "off":

@@ -46,6 +46,7 @@ def symbol(name: str) -> ctypes._FuncPointer:
 
 def list_devices() -> list[Device]:
     """All devices, in llama.cpp's order."""
+    _lib.prepare()
     from llama_cpp import llama_cpp as lib
 
     count = symbol("ggml_backend_dev_count")
@@ -81,11 +82,8 @@ def list_devices() -> list[Device]:
 
 
 def has_gpu() -> bool:
-    """True if llama.cpp would put layers on a device other than the CPU."""
-    _lib.prepare()
-    from llama_cpp import llama_cpp as lib
-
-    return bool(lib.llama_supports_gpu_offload())
+    """True if there is a device that llama.cpp would put layers on; a backend without a device is none."""
+    return any(device.type in ("GPU", "iGPU") for device in list_devices())
 
 
 @click.command("devices")

@@ -379,7 +379,7 @@ std::vector<uint32_t> rkv_cache::find_rows(uint32_t strm, uint32_t n_tokens) con
 
 // In steady state a single value, so that the decode graph is reused from one compaction to the next.
 uint32_t rkv_cache::n_kv(uint32_t used_max_p1) {
-    if (n_kv_pad == 0) { // CUDA's flash attention is several times slower for an n_kv that is not a multiple of 256
+    if (n_kv_pad == 0) { // CUDA's flash attention leaves its fast kernels for an n_kv that is not a multiple of 256
         n_kv_pad = std::all_of(layers.begin(), layers.end(), [](const layer_t & l) {
             return !l.k->buffer || ggml_backend_buffer_is_host(l.k->buffer);
         }) ? 32 : 256;

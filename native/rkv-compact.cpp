@@ -14,6 +14,8 @@
 static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory
 static constexpr int    NODES_PER_LAYER = 7;
 
+static size_t graph_size(size_t n_layer) { return n_layer*NODES_PER_LAYER*4 + 64; }
+
 namespace {
 
 struct group_io {
@@ -78,7 +80,7 @@ bool rkv_cache::init_backends() {
             }
         }
         backends.push_back(backend_cpu.get());
-        const size_t size = layers.size()*NODES_PER_LAYER*4 + 64;
+        const size_t size = graph_size(layers.size());
         sched.reset(ggml_backend_sched_new(backends.data(), nullptr, backends.size(), size, false, false));
         generic = std::make_unique<rkv_generic>(backend_cpu.get());
     }
@@ -176,12 +178,12 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
 
     ggml_init_params ip = {
         /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(NODES_PER_LAYER + 5) + 4*groups.size() + 16) +
-                          ggml_graph_overhead_custom(layers.size()*NODES_PER_LAYER*4 + 64, false),
+                          ggml_graph_overhead_custom(graph_size(layers.size()), false),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     };
     ggml_context_ptr ctx { ggml_init(ip) };
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), layers.size()*NODES_PER_LAYER*4 + 64, false);
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), graph_size(layers.size()), false);
 
     std::map<ggml_tensor *, std::vector<int32_t>> inputs;
     std::map<ggml_tensor *, const std::vector<float> *> tables;
@@ -339,12 +341,12 @@ bool rkv_cache::close_holes(uint32_t strm) {
 
     ggml_init_params ip = {
         /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(NODES_PER_LAYER + 5) + 4*groups.size() + 16) +
-                          ggml_graph_overhead_custom(layers.size()*NODES_PER_LAYER*4 + 64, false),
+                          ggml_graph_overhead_custom(graph_size(layers.size()), false),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     };
     ggml_context_ptr ctx { ggml_init(ip) };
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), layers.size()*NODES_PER_LAYER*4 + 64, false);
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), graph_size(layers.size()), false);
 
     std::map<ggml_tensor *, std::vector<int32_t>> inputs;
     std::vector<std::pair<ggml_tensor *, ggml_tensor *>> io(groups.size()); // rows, jobs

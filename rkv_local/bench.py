@@ -256,14 +256,13 @@ def bench(plan: Plan, report: Callable[[str], None] = lambda text: None) -> list
     arms: list[Arm] = []
     try:
         deepest = max(plan.depths)
-        longest = deepest + plan.n * plan.repetitions + 1
         tokens = trace(model, plan.longest, plan.seed)
         warm_up(model, plan, tokens)
         means: list[Arm] = []
         for flash_attn in plan.flash_attn:
             arms.append(Arm(model, plan, None, flash_attn, deepest + plan.n, tokens))
             if plan.kv:
-                arms.append(Arm(model, plan, plan.kv, flash_attn, longest, tokens))
+                arms.append(Arm(model, plan, plan.kv, flash_attn, plan.longest, tokens))
                 means.append(Arm(model, plan, None, flash_attn, plan.mean_start + plan.n, tokens))
         depth_arms, rows = list(arms), []
         arms += means

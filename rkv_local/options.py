@@ -13,7 +13,7 @@ DEFAULT_N_CTX = 32768  # with a budget, where it costs no memory
 _STOCK_N_CTX, _STOCK_N_BATCH = 512, 512  # llama_cpp's defaults
 _STOCK_N_UBATCH = 512  # compute buffers grow with it
 _MAX_SEQ = 256  # LLAMA_MAX_SEQ
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
 _AUTO = -1  # LLAMA_FLASH_ATTN_TYPE_AUTO
 
 
@@ -126,8 +126,8 @@ def check_threads(field: str, value: int | None) -> None:
     Raises:
         ValueError: it is not from 1 to 512 (None: llama_cpp chooses).
     """
-    if value is not None and _at_least(field, value, 1) > _MAX_THREADS:
-        raise ValueError(f"{field} is {value}, must be from 1 to {_MAX_THREADS}")
+    if value is not None and _at_least(field, value, 1) > MAX_THREADS:
+        raise ValueError(f"{field} is {value}, must be from 1 to {MAX_THREADS}")
 
 
 def _at_least(field: str, value: int, low: int) -> int:

@@ -472,18 +472,12 @@ rkv_case_result rkv_case_run(ggml_backend_t backend, const rkv_case & c, const r
         r.error = "failed to compute";
         return r;
     }
-    const auto get = [](ggml_tensor * x, auto & data) {
-        if (x) {
-            data.resize(ggml_nbytes(x)/sizeof(data[0]));
-            ggml_backend_tensor_get(x, data.data(), 0, ggml_nbytes(x));
-        }
-    };
-    get(t.score, r.score);
-    get(t.idx, r.idx);
-    get(t.k, r.k);
-    get(t.v, r.v);
-    get(t.pos, r.pos);
-    get(t.aux, r.aux);
+    rkv_case_get(t.score, r.score);
+    rkv_case_get(t.idx, r.idx);
+    rkv_case_get(t.k, r.k);
+    rkv_case_get(t.v, r.v);
+    rkv_case_get(t.pos, r.pos);
+    rkv_case_get(t.aux, r.aux);
     return r;
 }
 

@@ -68,6 +68,14 @@ struct rkv_case_tensors {
     ggml_tensor * score = nullptr, * idx = nullptr; // set by the builder; score may stay NULL
 };
 
+template<typename T>
+void rkv_case_get(const ggml_tensor * x, std::vector<T> & data) { // a tensor that is NULL leaves data alone
+    if (x) {
+        data.resize(ggml_nbytes(x)/sizeof(T));
+        ggml_backend_tensor_get(x, data.data(), 0, ggml_nbytes(x));
+    }
+}
+
 // what moves: views [unit, n_cells, lines, n_stream]
 std::vector<ggml_tensor *> rkv_case_moved(ggml_context * ctx, const rkv_case & c, const rkv_case_tensors & t);
 

@@ -74,16 +74,10 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
             }
         }
     }
-    const auto get = [](ggml_tensor * x, auto & data) {
-        if (x) {
-            data.resize(ggml_nbytes(x)/sizeof(data[0]));
-            ggml_backend_tensor_get(x, data.data(), 0, ggml_nbytes(x));
-        }
-    };
-    get(t.k, r.k);
-    get(t.v, r.v);
-    get(t.pos, r.pos);
-    get(t.aux, r.aux);
+    rkv_case_get(t.k, r.k);
+    rkv_case_get(t.v, r.v);
+    rkv_case_get(t.pos, r.pos);
+    rkv_case_get(t.aux, r.aux);
     return r;
 }
 

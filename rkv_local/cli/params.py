@@ -10,7 +10,7 @@ import click
 
 from rkv_local.budget import POLICIES
 from rkv_local.cli.options import DEFAULT_CTX_FULL
-from rkv_local.options import DEFAULT_N_CTX
+from rkv_local.options import DEFAULT_N_CTX, MAX_THREADS
 from rkv_local.shape import CACHE_TYPES
 
 Decorator = Callable[[Any], Any]
@@ -85,7 +85,7 @@ class FiniteRange(click.FloatRange):
 
 
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
-THREADS = click.IntRange(1, 512)  # GGML_MAX_N_THREADS
+THREADS = click.IntRange(1, MAX_THREADS)
 SHARE = FiniteRange(0, 1)
 
 

@@ -134,7 +134,8 @@ class Session:
             self._token_text(self.llama.token_eos()),
         )
         self._tags = self._single_token_tags()
-        self._tokenizer = PieceTokenizer(self.llama)
+        assert isinstance(self.llama.tokenizer_, PieceTokenizer)
+        self._tokenizer = self.llama.tokenizer_
 
     def close(self) -> None:
         """Free the context and the model."""

@@ -34,6 +34,7 @@ build() {
     local arch
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
     export CMAKE_ARGS="-DLLAMA_BUILD=OFF -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_ARCHITECTURES=${arch}-real ${CMAKE_ARGS:-}"
+    check build-tools "${pip[@]}" "scikit-build-core>=1.1" "unidiff>=0.7.5" gguf
     check build "${pip[@]}" .
     check build-tests cmake --build build/py3-none-* --target rkv-tests
 }

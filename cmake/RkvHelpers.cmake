@@ -182,6 +182,14 @@ function(rkv_add_native_tests tree)
     if (NOT WIN32)
         rkv_add_metal_emulation("${tree}")
     endif()
+
+    # llama.cpp's own tests of its ops, for a device; not part of rkv-tests
+    if (EXISTS "${tree}/tests/test-backend-ops.cpp")
+        add_executable(test-backend-ops EXCLUDE_FROM_ALL "${tree}/tests/test-backend-ops.cpp")
+        target_compile_features(test-backend-ops PRIVATE cxx_std_17)
+        target_include_directories(test-backend-ops PRIVATE "${RKV_NATIVE_DIR}/tests")
+        target_link_libraries(test-backend-ops PRIVATE rkv-cases llama ggml)
+    endif()
 endfunction()
 
 # The Metal kernels compiled as C++ (docs/metal.md); and the patched C++ files of ggml-metal, which need no Apple compiler.

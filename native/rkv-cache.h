@@ -68,6 +68,7 @@ public:
     //
 
     rkv_stats stats() const;
+    size_t    scratch() const { return n_scratch; }
     bool compact_now(llama_seq_id seq_id);
     bool close_holes(uint32_t strm); // after it the rows of a sequence are contiguous; false: failed to compute
     bool all_captured() const;
@@ -160,6 +161,8 @@ private:
     std::vector<ggml_backend_t> backends;
     std::unique_ptr<rkv_generic> generic;
 
+    size_t   n_jobs_max = 1;  // of one pass
+    size_t   n_scratch  = 0;  // bytes
     uint32_t n_kv_pad = 0;    // 0: not known yet
     bool     touched  = false; // a pass has begun to move rows
 

@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory
+static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory, with RKV_SCRATCH_MAX
 static constexpr int    NODES_PER_LAYER = 7;
 
 static size_t graph_size(size_t n_layer) { return n_layer*NODES_PER_LAYER*4 + 64; }
@@ -157,8 +157,8 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
     const int64_t t0 = ggml_time_us();
 
     bool ok = true;
-    for (size_t i = 0; ok && i < strms.size(); i += JOBS_PER_PASS) {
-        const std::vector<uint32_t> some(strms.begin() + i, strms.begin() + std::min(i + JOBS_PER_PASS, strms.size()));
+    for (size_t i = 0; ok && i < strms.size(); i += n_jobs_max) {
+        const std::vector<uint32_t> some(strms.begin() + i, strms.begin() + std::min(i + n_jobs_max, strms.size()));
         ok = compact_some(some) || give_up(some);
     }
     t_us += ggml_time_us() - t0;
@@ -420,9 +420,12 @@ bool rkv_cache::compact_now(llama_seq_id seq_id) {
     return compact({ (uint32_t) s });
 }
 
-// Which devices run the pass themselves, and do the others know what the generic path is made of?
+// Which devices run the pass themselves, and do the others know what the generic path is made of? What does it take
+// of their memory for a while?
 bool rkv_cache::check_devices() {
     size_t n_generic = 0;
+    std::map<ggml_backend_dev_t, size_t> temp;
+    n_jobs_max = std::min<size_t>(JOBS_PER_PASS, n_stream);
     for (auto & l : layers) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer));
         if (!dev) { // main memory
@@ -443,10 +446,26 @@ bool rkv_cache::check_devices() {
         }
         l.generic = !std::all_of(nodes.begin(), nodes.end(), [dev](const ggml_tensor * t) { return rkv_has_kernel(dev, t); });
         n_generic += l.generic;
+
+        const auto buft = ggml_backend_buffer_get_type(l.k->buffer);
+        const size_t nodes_size = ggml_backend_buft_get_alloc_size(buft, score) + ggml_backend_buft_get_alloc_size(buft, idx);
+        n_jobs_max = std::max<size_t>(1, std::min(n_jobs_max, RKV_SCRATCH_MAX/nodes_size)); // Metal's score brings its scratch along
+        size_t size = nodes_size*std::min<size_t>(JOBS_PER_PASS, n_stream);
+        if (l.generic) {
+            size = RKV_GENERIC_TEMP;
+        } else if (ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            const size_t head = rkv_score_scratch(&op, n_cells(), l.k->ne[0]/l.n_head_kv);
+            size += std::max(head, std::min(RKV_SCRATCH_MAX, head*l.n_head_kv*n_jobs_max));
+        }
+        temp[dev] = std::max(temp[dev], size);
         if (l.generic && !rkv_generic::check(dev, generic_views(l))) {
             return rkv_set_error("layer %u's cache is on %s, which can neither compact it nor move its rows: keep the cache in "
                 "main memory (offload_kqv=false, --no-kv-offload)", l.il, ggml_backend_dev_name(dev));
         }
+    }
+    n_scratch = 0;
+    for (const auto & [dev, size] : temp) {
+        n_scratch += size;
     }
     if (n_generic > 0) {
         LLAMA_LOG_INFO("%s: no compaction kernels for %zu of %zu layers: they are built from other ops\n", __func__, n_generic, layers.size());

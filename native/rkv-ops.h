@@ -7,7 +7,9 @@
 #pragma once
 
 #include "ggml.h"
+#include "rkv-policy.h"
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -100,6 +102,25 @@ static inline bool rkv_score_is_sane(const struct ggml_tensor * op, const struct
         (par->n_hadamard == 0 || (n_embd % par->n_hadamard == 0 && (par->n_hadamard & (par->n_hadamard - 1)) == 0)) &&
         par->n_rot >= 0 && par->n_rot <= n_embd && par->n_rot % 2 == 0 &&
         (!op->src[4] || (par->n_sim >= 1 && par->n_sim <= RKV_MAX_AUX && op->src[4]->ne[0] >= par->n_sim));
+}
+
+// Temporary memory, in bytes, that a device's kernels may take at once; a single head of one sequence may need more.
+#define RKV_SCRATCH_MAX ((size_t) 64 << 20)
+
+// At most this much for a head of one job (CUDA): rounded or unrotated keys, logits, and a few floats per cell.
+static inline size_t rkv_score_scratch(const struct rkv_op_params * par, int64_t n_cells, int64_t n_embd) {
+    if (par->policy == RKV_POLICY_STREAMING) {
+        return 0;
+    }
+    const int64_t n_pad = (n_cells + 63)/64*64;
+    size_t cell = (par->window + 1)*sizeof(float);
+    if (par->policy == RKV_POLICY_RKV) {
+        cell += (n_embd + 15)/16*16*2 + 2*sizeof(float) + sizeof(int64_t) + (n_embd + 15)/16;
+    }
+    if (par->policy == RKV_POLICY_LATEST) {
+        cell += (n_embd + 1)*sizeof(float);
+    }
+    return n_pad*cell + 8*256; // each of up to eight arrays is aligned
 }
 
 #ifdef __cplusplus

@@ -80,6 +80,9 @@ struct rkv_stats {
 
 LLAMA_API struct rkv_stats rkv_get_stats(const struct llama_context * ctx);
 
+// Temporary memory of a compaction on all devices together, at most, in bytes: beside what the stats count. 0: no budget.
+LLAMA_API uint64_t rkv_scratch_bytes(const struct llama_context * ctx);
+
 // Cells in use by a sequence in the widest layer, -1 on a bad sequence.
 LLAMA_API int32_t rkv_seq_used(const struct llama_context * ctx, llama_seq_id seq_id);
 

@@ -186,6 +186,11 @@ def stats(ctx: Any) -> RkvStats:
     return result
 
 
+def scratch_bytes(ctx: Any) -> int:
+    """Bytes that a compaction takes for a while on all devices, at most; 0 without a budget."""
+    return int(library().rkv_scratch_bytes(ctx))
+
+
 def seq_used(ctx: Any, seq: int = 0) -> int:
     """Cells in use by a sequence in the widest layer. Raises IndexError on a bad sequence."""
     return _count(library().rkv_seq_used(ctx, seq))

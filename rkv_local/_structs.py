@@ -94,6 +94,7 @@ def signatures(low: Any) -> dict[str, tuple[list[Any], Any]]:
         "rkv_begin_init": ([params_p], None),
         "rkv_end_init": ([], ctypes.c_bool),
         "rkv_get_stats": ([ctx], RkvStats),
+        "rkv_scratch_bytes": ([ctx], ctypes.c_uint64),
         "rkv_seq_used": ([ctx, i32], i32),
         "rkv_seq_compact": ([ctx, i32], ctypes.c_bool),
         "rkv_get_positions": ([*cell, int_p, size], i32),

@@ -139,6 +139,11 @@ def page(report: Row) -> str:
         "The targets were set on an H100 and are ratios within one run.\n"
         if "H100" not in report["gpu"]
         else "",
+        *(
+            f"Stock's own {r['what']} at depth 1,024 are "
+            f"{r['stock_1024'] / r['stock_30_8192']:.2f} times as fast as its 30 at depth 8,192 in this run: no cache of this size could be more.\n"
+            for r in rows.get("many", [])
+        ),
         "## Speeds\n",
         speeds(report),
         "Random weights make keys that have no copies: every search for one goes through the whole cache, "

@@ -5,7 +5,7 @@
 #include "rkv-dequant.cuh"
 #include "rkv-policy.h"
 
-static constexpr size_t SCRATCH_MAX = 64u << 20; // bytes; jobs beyond it wait for their turn
+#include <cstdlib>
 
 //
 // keys: their lengths; normalised, rounded, and summed up by tile (`latest`: without their rotation, unrounded)
@@ -198,21 +198,22 @@ static __global__ void __launch_bounds__(KEY_WARPS*WARP_SIZE) rkv_sums(const rkv
         return;
     }
     const int n_tile = (n + RKV_CUDA_TILE - 1)/RKV_CUDA_TILE;
+    extern __shared__ float shared[]; // [n_embd]
     const float * partial = s.partial + (int64_t) jh*s.n_tile*a.n_embd;
+    for (int e = warp*WARP_SIZE + lane; e < a.n_embd; e += KEY_WARPS*WARP_SIZE) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int t = 0; t < n_tile; ++t) {
+            sum += partial[(int64_t) t*a.n_embd + e];
+        }
+        shared[e] = sum;
+    }
+    __syncthreads();
     float2 total[NP];
 #pragma unroll
     for (int p = 0; p < NP; ++p) {
-        total[p] = make_float2(0.0f, 0.0f);
-    }
-#pragma unroll 4
-    for (int t = 0; t < n_tile; ++t) {
-#pragma unroll
-        for (int p = 0; p < NP; ++p) {
-            const int e = 2*lane + 64*p;
-            const float2 x = e < a.n_embd ? *(const float2 *) (partial + t*a.n_embd + e) : make_float2(0.0f, 0.0f);
-            total[p].x += x.x;
-            total[p].y += x.y;
-        }
+        const int e = 2*lane + 64*p;
+        total[p] = e < a.n_embd ? make_float2(shared[e], shared[e + 1]) : make_float2(0.0f, 0.0f);
     }
     const char  * keys = rkv_key(a, job, head, 0);
     const float * inv  = s.inv + (int64_t) jh*s.n_pad;
@@ -249,7 +250,7 @@ static void launch_keys(const rkv_cuda_score_args & a, const rkv_cuda_scratch & 
             rkv_keys<decltype(type)::value, NP, true><<<grid, block, shared, stream>>>(a, s);
         } else {
             rkv_keys<decltype(type)::value, NP, false><<<grid, block, shared, stream>>>(a, s);
-            rkv_sums<decltype(type)::value, NP><<<grid, block, 0, stream>>>(a, s);
+            rkv_sums<decltype(type)::value, NP><<<grid, block, sizeof(float)*a.n_embd, stream>>>(a, s);
         }
     });
 }
@@ -531,7 +532,8 @@ static __global__ void rkv_finish(const rkv_cuda_score_args a, const rkv_cuda_sc
 // one job's share of the scratch memory, and the launches
 //
 
-static size_t layout(const rkv_cuda_score_args & a, int n_jobs, char * base, rkv_cuda_scratch & s) {
+// within rkv_score_scratch() for each head of each job
+static void layout(const rkv_cuda_score_args & a, int n_jobs, char * base, rkv_cuda_scratch & s) {
     const bool rkv = a.par.policy == RKV_POLICY_RKV, latest = a.par.policy == RKV_POLICY_LATEST;
     s.n_tile = (a.n_cells + RKV_CUDA_TILE - 1)/RKV_CUDA_TILE;
     s.n_pad  = s.n_tile*RKV_CUDA_TILE;
@@ -552,21 +554,23 @@ static size_t layout(const rkv_cuda_score_args & a, int n_jobs, char * base, rkv
     s.m       = (float *) take(rkv || latest ? cells*sizeof(float) : 0);
     s.partial = (float *) take(rkv ? cells/RKV_CUDA_TILE*a.n_embd*sizeof(float) : 0);
     s.spared  = (unsigned long long *) take(rkv ? cells*sizeof(unsigned long long) : 0);
-    return used;
 }
 
-static int jobs_at_once(const rkv_cuda_score_args & a) {
-    rkv_cuda_scratch s;
-    const size_t one = layout(a, 1, nullptr, s);
-    return std::max<int>(1, std::min<size_t>(a.jobs.n, SCRATCH_MAX/one));
+// how many jobs, and how many heads of them, share the memory at a time
+struct rkv_turns { int n_jobs, n_heads; };
+
+static rkv_turns turns_of(const rkv_cuda_score_args & a) {
+    const char * text = getenv("RKV_CUDA_SCRATCH"); // bytes, for tests
+    const size_t most = text ? strtoull(text, nullptr, 10) : RKV_SCRATCH_MAX;
+    const size_t head = rkv_score_scratch(&a.par, a.n_cells, a.n_embd);
+    const size_t fit  = std::max<size_t>(1, most/std::max<size_t>(1, head));
+    const int n_heads = std::min<size_t>(a.n_head_kv, fit);
+    return { n_heads < a.n_head_kv ? 1 : (int) std::min<size_t>(a.jobs.n, fit/n_heads), n_heads };
 }
 
 size_t rkv_cuda_score_scratch(const rkv_cuda_score_args & a) {
-    if (a.par.policy == RKV_POLICY_STREAMING) {
-        return 0;
-    }
-    rkv_cuda_scratch s;
-    return layout(a, jobs_at_once(a), nullptr, s);
+    const rkv_turns turns = turns_of(a);
+    return rkv_score_scratch(&a.par, a.n_cells, a.n_embd)*turns.n_jobs*turns.n_heads;
 }
 
 bool rkv_cuda_type_supported(int type_k) {
@@ -586,29 +590,44 @@ bool rkv_cuda_type_supported(int type_k) {
     }
 }
 
+// heads [head0, head0 + n_heads) of a
+static rkv_cuda_score_args heads_of(const rkv_cuda_score_args & a, int head0, int n_heads) {
+    rkv_cuda_score_args h = a;
+    h.n_head_kv = n_heads;
+    h.k   += head0*a.k_head;
+    h.q   += (int64_t) head0*a.n_group*a.n_embd;
+    h.pos += head0*a.pos_head;
+    h.aux += h.aux ? head0*a.aux_head : 0;
+    h.dst += head0*a.dst_head;
+    return h;
+}
+
+static void score_some(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, rkv_cuda_device device, cudaStream_t stream) {
+    if (a.par.policy != RKV_POLICY_STREAMING) {
+        rkv_with_type(a.type_k, [&](auto type) {
+            rkv_logits<decltype(type)::value><<<dim3(s.n_tile, a.n_head_kv, n_jobs), LOGIT_THREADS, 0, stream>>>(a, s);
+        });
+    }
+    if (a.par.policy == RKV_POLICY_RKV) {
+        keys(a, s, n_jobs, stream);
+        rkv_cuda_search(a, s, n_jobs, device, stream);
+    } else if (a.par.policy == RKV_POLICY_LATEST) {
+        keys(a, s, n_jobs, stream);
+        rkv_cuda_later(a, s, n_jobs, stream);
+    }
+    rkv_finish<<<dim3(a.n_head_kv, n_jobs), dim3(WARP_SIZE, FINISH_WARPS), 0, stream>>>(a, s);
+}
+
 void rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, rkv_cuda_device device, cudaStream_t stream) {
-    const bool streaming = a.par.policy == RKV_POLICY_STREAMING;
-    const int  at_once   = streaming ? a.jobs.n : jobs_at_once(a);
-    for (int job0 = 0; job0 < a.jobs.n; job0 += at_once) {
-        const int n_jobs = std::min(at_once, a.jobs.n - job0);
-        rkv_cuda_scratch s = {};
-        if (!streaming) {
-            layout(a, at_once, scratch, s);
+    const rkv_turns turns = turns_of(a);
+    for (int job0 = 0; job0 < a.jobs.n; job0 += turns.n_jobs) {
+        for (int head0 = 0; head0 < a.n_head_kv; head0 += turns.n_heads) {
+            const rkv_cuda_score_args part = heads_of(a, head0, std::min(turns.n_heads, a.n_head_kv - head0));
+            rkv_cuda_scratch s = {};
+            layout(part, turns.n_jobs, scratch, s);
+            s.job0 = job0;
+            score_some(part, s, std::min(turns.n_jobs, a.jobs.n - job0), device, stream);
         }
-        s.job0 = job0;
-        if (!streaming) {
-            rkv_with_type(a.type_k, [&](auto type) {
-                rkv_logits<decltype(type)::value><<<dim3(s.n_tile, a.n_head_kv, n_jobs), LOGIT_THREADS, 0, stream>>>(a, s);
-            });
-        }
-        if (a.par.policy == RKV_POLICY_RKV) {
-            keys(a, s, n_jobs, stream);
-            rkv_cuda_search(a, s, n_jobs, device, stream);
-        } else if (a.par.policy == RKV_POLICY_LATEST) {
-            keys(a, s, n_jobs, stream);
-            rkv_cuda_later(a, s, n_jobs, stream);
-        }
-        rkv_finish<<<dim3(a.n_head_kv, n_jobs), dim3(WARP_SIZE, FINISH_WARPS), 0, stream>>>(a, s);
     }
     CUDA_CHECK(cudaGetLastError());
 }

@@ -60,8 +60,14 @@ struct searchers {
 
     // candidates: a bit for each key of the tile from key `first` on that may be this lane's key's copy
     __device__ void resolve(uint2 candidates, int first) {
-        const int  lane = threadIdx.x, i0 = i - lane;
+        const int lane = threadIdx.x, i0 = i - lane, own = i - first;
+        if (a.par.threshold >= 0.0f && own >= 0 && own < RKV_CUDA_TILE) { // itself: not worth a look
+            (own < 32 ? candidates.x : candidates.y) &= ~(1u << own%32);
+        }
         const bool open = !found && (candidates.x | candidates.y) != 0;
+        if (!__any_sync(0xffffffff, open)) {
+            return;
+        }
         for (int r = 0; r < WARP_SIZE; ++r) {
             if (!__shfl_sync(0xffffffff, (int) open, r, WARP_SIZE)) {
                 continue;

@@ -150,6 +150,16 @@ def test_context_without_a_llama(llama: Llama) -> None:
         pass  # no context was made
 
 
+def test_scratch_of_a_compaction(make: Any, stock: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU a score per cell and an index per kept one, for 3 heads; the generic path: its cap."""
+    llama = make(kv=SMALL)
+    need = 4 * 3 * (_native.stats(llama.ctx).cells + SMALL.budget)
+    assert need <= _native.scratch_bytes(llama.ctx) < 2 * need
+    assert _native.scratch_bytes(stock.ctx) == 0
+    monkeypatch.setenv("RKV_GENERIC", "1")
+    assert _native.scratch_bytes(make(kv=SMALL).ctx) == 64 << 20
+
+
 def test_import_is_cheap() -> None:
     code = "import rkv_local, sys; assert not {'llama_cpp', 'numpy'} & set(sys.modules), sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

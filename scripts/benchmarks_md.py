@@ -140,8 +140,8 @@ def page(report: Row) -> str:
         if "H100" not in report["gpu"]
         else "",
         *(
-            f"Stock's own {r['what']} at depth 1,024 are "
-            f"{r['stock_1024'] / r['stock_30_8192']:.2f} times as fast as its 30 at depth 8,192 in this run: no cache of this size could be more.\n"
+            f"Stock's own {r['what']} at depth 1,024 are {r['stock_1024'] / r['stock_30_8192']:.2f} "
+            "times as fast as its 30 at depth 8,192 in this run: no cache of this size could be more.\n"
             for r in rows.get("many", [])
         ),
         "## Speeds\n",

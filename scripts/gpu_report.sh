@@ -9,6 +9,7 @@
 # MODEL    the model of phase `greedy` (default: smollm2)
 # PARTS    of the benchmark, e.g. "one many" (default: all but 402, which phase many512 runs in a build of its own)
 # CASES    parts of names of the cases that racecheck and initcheck run over, between commas (default: the whole table)
+# LIMIT    seconds that a single check may take (default: no limit)
 # RKV_LLAMA_CPP_SOURCE   a llama.cpp tree instead of the pinned archive
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +25,7 @@ check() { # NAME COMMAND ...: runs it, its output into $OUT/NAME.txt, the last l
     local name=$1
     shift
     phase "$name: $*"
-    "$@" > "$OUT/$name.txt" 2>&1 || { failed+=("$name"); echo "FAILED ($?)"; }
+    timeout "${LIMIT:-0}" "$@" > "$OUT/$name.txt" 2>&1 || { failed+=("$name"); echo "FAILED ($?)"; }
     tail -n "${LINES_SHOWN:-6}" "$OUT/$name.txt"
 }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from rkv_local import KVBudget, RKVError, _lib, _native
+from rkv_local.devices import resident
 
 _lib.prepare()
 
 from llama_cpp import llama_cpp as lib  # noqa: E402
 
-__all__ = ["Plan", "Row", "bench", "peak_rss"]
+__all__ = ["Plan", "Row", "bench"]
 
 STOCK_BATCH = 512  # llama.cpp's physical batch
 
@@ -147,7 +147,7 @@ class Arm:
     def __init__(
         self, model: Any, plan: Plan, kv: KVBudget | None, flash_attn: bool, n_ctx: int, tokens: Sequence[int]
     ) -> None:
-        before = rss()
+        before = resident()
         self.kv, self.flash_attn, self.parallel, self.tokens = kv, flash_attn, plan.parallel, tokens
         self.name = kv.policy if kv else "full"
         self.chunk = kv.n_batch if kv else STOCK_BATCH
@@ -167,7 +167,7 @@ class Arm:
         self.memory = lib.llama_get_memory(self.ctx)
         self.batch = lib.llama_batch_init(params.n_batch, 0, 1)
         self.pos = 0
-        self.grown = rss() - before
+        self.grown = resident() - before
         stats = _native.stats(self.ctx)
         self.cells, self.kv_bytes = int(stats.cells), int(stats.bytes)
 
@@ -178,7 +178,7 @@ class Arm:
 
     def at(self, depth: int) -> None:
         """Bring all sequences to `depth`: cut, or feed what is missing; start anew where neither is exact."""
-        before = rss()
+        before = resident()
         if self.pos > depth and not self._cut(depth):
             lib.llama_memory_clear(self.memory, True)
             self.pos = 0
@@ -192,7 +192,7 @@ class Arm:
                 self.pos += n
             for seq in range(1, self.parallel):
                 lib.llama_memory_seq_cp(self.memory, 0, seq, -1, -1)
-        self.grown += rss() - before
+        self.grown += resident() - before
 
     def _cut(self, depth: int) -> bool:
         if depth == 0:
@@ -204,7 +204,7 @@ class Arm:
 
     def stretch(self, n: int) -> float:
         """Decode n tokens per sequence, one at a time; seconds."""
-        before, batch = rss(), self.batch
+        before, batch = resident(), self.batch
         self._fill([(0, 0, seq, True) for seq in range(self.parallel)])
         start = time.perf_counter()
         for _ in range(n):
@@ -215,7 +215,7 @@ class Arm:
             self._decode()
             self.pos += 1
         seconds = time.perf_counter() - start
-        self.grown += rss() - before
+        self.grown += resident() - before
         return seconds
 
     def _fill(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:
@@ -360,21 +360,3 @@ def trace(model: Any, length: int, seed: int) -> list[int]:
         n = lib.llama_tokenize(vocab, data, len(data), buffer, len(buffer), not tokens, False)
         tokens += buffer[:n]
     return tokens[:length]
-
-
-def rss() -> int:
-    """Resident bytes of this process; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
-
-
-def peak_rss() -> int | None:
-    """The most resident bytes that this process ever had."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -57,7 +57,7 @@ def bench(**values: Any) -> None:
     mean depth (budget + buffer / 2): the speed that the budget would have if eviction cost nothing. On the
     CPU the budget's batch is its buffer, so that budget + buffer cells are allocated, on a GPU the usual one.
     """
-    from rkv_local.cli.devices import has_gpu
+    from rkv_local.devices import has_gpu, peak_resident
 
     # CUDA's flash attention is slow where the cells are no multiple of 256, as they are by default
     on_gpu = values["gpu_layers"] != 0 and not values["no_kv_offload"] and has_gpu()
@@ -69,7 +69,7 @@ def bench(**values: Any) -> None:
         settings = (True,)
     model = resolve(values["model"])
 
-    from rkv_local.bench import Plan, peak_rss
+    from rkv_local.bench import Plan
     from rkv_local.bench import bench as measure
     from rkv_local.cli import nativelog
 
@@ -106,7 +106,7 @@ def bench(**values: Any) -> None:
         "model": model.name,
         "params": parameters(plan, values),
         "seconds": time.monotonic() - start,
-        "peak_rss_bytes": peak_rss(),
+        "peak_rss_bytes": peak_resident(),
         "rows": [row.as_dict() for row in rows],
         "summary": summary(plan, rows),
     }

@@ -148,6 +148,6 @@ def flash_of(choice: str, gpu_layers: int, type_v: str) -> bool | None:
         return choice == "on"
     if is_quantised(type_v):
         return True
-    from rkv_local.cli.devices import has_gpu
+    from rkv_local.devices import has_gpu
 
     return None if gpu_layers != 0 and has_gpu() else False

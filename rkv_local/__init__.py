@@ -1,6 +1,7 @@
 """rkv-local: language models with a key-value cache of fixed size.
 
-Cheap to import: the native library and llama_cpp are loaded when Llama, Session, KVStats or plan is first used.
+Cheap to import: the native library and llama_cpp are loaded when Llama, Session, KVStats or plan is first
+used.
 """
 
 from __future__ import annotations

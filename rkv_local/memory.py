@@ -10,100 +10,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from .devices import driver_used, list_devices, main_memory, resident
 from .errors import RKVError
+from .memory_plan import DevicePlan, Plan, cache_name, difference, differences
 from .probe import MAIN, Measured, Part, Probe, Setting
-from .shape import ModelShape, is_quantised
-from .sizes import GIB, parse_size, show, unit_of
+from .shape import ModelShape
+from .sizes import GIB, parse_size, show
+
+__all__ = ["DevicePlan", "Plan", "Planner", "plan"]
 
 MARGIN, MARGIN_SHARE = GIB, 10  # auto leaves a GiB of each device, or a tenth of a small one
 LEAST_BATCH, LEAST_BUDGET, LEAST_CTX = 32, 256, 1024  # what is given up goes down to these
 MOST_SEQ = 256  # LLAMA_MAX_SEQ
 FREE = frozenset({"n_gpu_layers", "n_batch", "cache_type", "kv_budget", "n_ctx", "use_mmap", "flash_attn"})
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """What one device gets, in bytes. other: the program in main memory, the driver's on a GPU."""
-
-    name: str
-    weights_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-    other_bytes: int
-    limit_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """All that is there."""
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.other_bytes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a model is loaded with and what that takes, in bytes, where the limit applies: the GPUs, else main memory.
-
-    weights, kv (K, V, rings, positions: rings_bytes are the last two), compute (graphs, logits, compactions) and
-    other (the program itself, or the GPU driver's share) make up the total. n_gpu_layers: 0 without a GPU;
-    n_layer + 1 is all, with the output. kv_budget: None for a full cache of n_ctx cells. cache_type: of K, and of
-    V where that is another, as K/V. lacking_bytes: how much too much it is. reasons: what was changed, and why.
-    """
-
-    fits: bool
-    weights_bytes: int
-    kv_bytes: int
-    rings_bytes: int
-    compute_bytes: int
-    other_bytes: int
-    total_bytes: int
-    limit_bytes: int
-    lacking_bytes: int
-    n_gpu_layers: int
-    n_layer: int
-    kv_budget: int | None
-    cells: int
-    cache_type: str
-    n_seq: int
-    n_ctx: int
-    n_batch: int
-    n_ubatch: int
-    use_mmap: bool
-    devices: tuple[DevicePlan, ...]
-    setting: Setting = field(repr=False)
-    reasons: tuple[str, ...] = ()
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for Llama that make what was planned."""
-        return self.setting.arguments()
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: all but the setting."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("setting", "devices")}
-        data["devices"] = [
-            {f.name: getattr(d, f.name) for f in fields(d)} | {"total_bytes": d.total_bytes}
-            for d in self.devices
-        ]
-        return data
-
-    def line(self) -> str:
-        """One line in llama.cpp's manner."""
-        unit = unit_of(self.total_bytes)
-        cells = f"{self.cells:,} cells × {self.n_layer} layers"
-        if self.n_seq > 1:
-            cells += f" × {self.n_seq} sequences"
-        kv = f"KV {show(self.kv_bytes, unit)}" + (f" ({cells})" if self.cells else "")
-        parts = [f"model {show(self.weights_bytes, unit)}", kv, f"compute {show(self.compute_bytes, unit)}"]
-        if self.other_bytes:
-            parts.append(
-                f"{'program' if self.devices[0].name == MAIN else 'driver'} {show(self.other_bytes, unit)}"
-            )
-        total, limit = show(self.total_bytes, unit), show(self.limit_bytes)
-        if unit_of(self.limit_bytes) == unit:
-            total = total.split()[0]
-        return " + ".join(parts) + f" = {total} of {limit}"
 
 
 def plan(model_path: str | os.PathLike[str], memory: str | int = "auto", **settings: Any) -> Plan:
@@ -113,10 +35,11 @@ def plan(model_path: str | os.PathLike[str], memory: str | int = "auto", **setti
 
     Args:
         model_path: a GGUF file.
-        memory: "6GiB", bytes, or "auto": what is free now on the device, less a margin of 1 GiB or a tenth of it.
+        memory: "6GiB", bytes, or "auto": what is free now on the device, less 1 GiB or a tenth of it.
         **settings: Llama's parameters that are decided already and are kept: kv, n_ctx, n_batch, n_ubatch,
-            n_seq_max ("auto": as many as fit), type_k, type_v, flash_attn, n_gpu_layers, offload_kqv, use_mmap,
-            n_threads, n_threads_batch, n_outputs. What is not given starts at Llama's default and may give way.
+            n_seq_max ("auto": as many as fit), type_k, type_v (names), flash_attn, n_gpu_layers, offload_kqv,
+            use_mmap, n_threads, n_threads_batch, n_outputs. What is not given starts at Llama's default and
+            may give way.
 
     Returns:
         The plan; `fits` is False where nothing fits, and `reasons` then says what is missing.
@@ -151,7 +74,8 @@ class Planner:
         self.probe = Probe(model_path)
         self.gpus = {d.name: d for d in list_devices() if d.is_gpu and d.memory_total > 0}
         available, self.main_total = main_memory()
-        self.main_limit = max(0, available + resident() - _margin(self.main_total))
+        self.main_available = available + resident()
+        self.main_limit = max(0, self.main_available - _margin(self.main_total))
         self._driver: int | None = None
 
     def __enter__(self) -> Planner:
@@ -164,6 +88,11 @@ class Planner:
     def total(self) -> int:
         """Memory of the machine where the limit applies: its GPUs', or else its main memory."""
         return sum(d.memory_total for d in self.gpus.values()) if self.gpus else self.main_total
+
+    @property
+    def available(self) -> int:
+        """What of it is free now, with what this process has already."""
+        return sum(d.memory_free for d in self.gpus.values()) if self.gpus else self.main_available
 
     # -- one setting ---------------------------------------------------------------------------------
 
@@ -350,7 +279,7 @@ class Planner:
         tightest = max(plan.devices, key=lambda d: d.total_bytes - d.limit_bytes)
         where = "" if len(plan.devices) == 1 else f" on {tightest.name}"
         missing = f"{show(plan.lacking_bytes)} too much{where}: {plan.line()}"
-        relaxed = replace(setting, n_seq_max=None, n_outputs=1) if plan.n_seq > 1 else setting
+        relaxed = replace(setting, n_seq_max=None) if plan.n_seq > 1 else setting
         near = self._first_fit(relaxed, FREE) if (relaxed != setting or free < FREE) else None
         if near is None and relaxed != setting and self.evaluate(relaxed).fits:
             near = self.evaluate(relaxed)
@@ -358,8 +287,8 @@ class Planner:
             return missing, f"it would fit with {' '.join(difference(plan, near))}"
         least = self._least(relaxed)
         return missing, (
-            f"the least that this model works with is {show(least.total_bytes)} ({', '.join(differences(least))}): "
-            f"more memory, or a smaller model"
+            f"the least that this model works with is {show(least.total_bytes)} "
+            f"({', '.join(differences(least))}): more memory, or a smaller model"
         )
 
     def _least(self, setting: Setting) -> Plan:
@@ -389,7 +318,7 @@ def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _driver_overhead() -> int:
-    """What a GPU's driver takes for a process, where it does not say so by process: seen in one of its own."""
+    """What a GPU's driver takes for a process, where it does not say whose memory is whose."""
     code = (
         "from rkv_local.devices import device_used, list_devices\n"
         "before = device_used(); list_devices(); after = device_used()\n"
@@ -402,36 +331,3 @@ def _driver_overhead() -> int:
         return int(done.stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return 0
-
-
-def cache_name(setting: Setting) -> str:
-    """The cache's type: 'f16', or 'q8_0/f16' where K and V differ."""
-    k, v = setting.type_k, setting.type_v
-    return k if k == v else f"{k}/{v}"
-
-
-def difference(wanted: Plan, other: Plan) -> list[str]:
-    """Options of the command line that turn one plan into another."""
-    options = []
-    if other.n_seq != wanted.n_seq:
-        options.append(f"-np {other.n_seq}")
-    if other.kv_budget != wanted.kv_budget:
-        options.append(f"--kv-budget {other.kv_budget}")
-    if other.n_ctx != wanted.n_ctx:
-        options.append(f"-c {other.n_ctx}")
-    if other.cache_type != wanted.cache_type:
-        options.append(f"-ctk {other.setting.type_k} -ctv {other.setting.type_v}")
-        if is_quantised(other.setting.type_v) and wanted.setting.flash_attn is False:
-            options.append("-fa on")
-    if other.n_batch != wanted.n_batch:
-        options.append(f"-b {other.n_batch}")
-    if other.n_gpu_layers != wanted.n_gpu_layers:
-        options.append(f"-ngl {other.n_gpu_layers}")
-    return options
-
-
-def differences(plan: Plan) -> list[str]:
-    """A plan in a few words."""
-    words = [f"budget {plan.kv_budget}" if plan.kv_budget else f"context {plan.n_ctx:,}"]
-    words += [f"cache {plan.cache_type}", f"batch {plan.n_batch}"]
-    return words

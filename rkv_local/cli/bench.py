@@ -60,7 +60,8 @@ def bench(**values: Any) -> None:
     from rkv_local.devices import has_gpu, peak_resident
 
     # CUDA's flash attention is slow where the cells are no multiple of 256, as they are by default
-    on_gpu = values["gpu_layers"] != 0 and not values["no_kv_offload"] and has_gpu()
+    gpu_layers = -1 if values["gpu_layers"] is None else values["gpu_layers"]
+    on_gpu = gpu_layers != 0 and not values["no_kv_offload"] and has_gpu()
     kv = budget_of(values, None if on_gpu else values["kv_buffer"])
     settings = {"on": (True,), "off": (False,), "both": (False, True)}[values["fa"]]
     if is_quantised(values["cache_type_v"]):
@@ -84,7 +85,7 @@ def bench(**values: Any) -> None:
         flash_attn=settings,
         parallel=values["parallel"],
         threads=values["threads"] or default_threads(),
-        gpu_layers=values["gpu_layers"],
+        gpu_layers=gpu_layers,
         kv_offload=not values["no_kv_offload"],
         type_k=CACHE_TYPES[values["cache_type_k"]][0],
         type_v=CACHE_TYPES[values["cache_type_v"]][0],

@@ -21,6 +21,8 @@ from typing import Any
 
 from rkv_local import KVBudget, RKVError, _lib, _native
 from rkv_local.devices import resident
+from rkv_local.probe import Setting
+from rkv_local.shape import CACHE_TYPES
 
 _lib.prepare()
 
@@ -71,6 +73,39 @@ class Plan:
     def mean_start(self) -> int:
         """Where a full cache starts a stretch that has the mean depth in its middle."""
         return max(0, self.mean_depth - self.n // 2)
+
+    def arms(self) -> list[tuple[KVBudget | None, bool, int]]:
+        """Budget, flash attention and n_ctx of each context; the last of them are those at the mean depth."""
+        first, means = [], []
+        for flash_attn in self.flash_attn:
+            first.append((None, flash_attn, max(self.depths) + self.n))
+            if self.kv:
+                first.append((self.kv, flash_attn, self.longest))
+                means.append((None, flash_attn, self.mean_start + self.n))
+        return [*first, *means]
+
+    def settings(self) -> list[Setting]:
+        """What the contexts are measured as by a memory plan; they are all there at once."""
+        types = {number: name for name, (number, _, _) in CACHE_TYPES.items()}
+        chunks = [kv.n_batch if kv else STOCK_BATCH for kv, _, _ in self.arms()]
+        return [
+            Setting(
+                kv=kv,
+                n_ctx=n_ctx,
+                n_batch=min(chunk, n_ctx),
+                n_ubatch=max(chunk, self.parallel),
+                n_seq_max=self.parallel,
+                n_outputs=self.parallel,
+                type_k=types[self.type_k],
+                type_v=types[self.type_v],
+                flash_attn=flash_attn,
+                n_gpu_layers=self.gpu_layers,
+                offload_kqv=self.kv_offload,
+                n_threads=self.threads,
+                n_threads_batch=self.threads,
+            )
+            for (kv, flash_attn, n_ctx), chunk in zip(self.arms(), chunks, strict=True)
+        ]
 
     def whole_periods(self) -> Plan:
         """The same with n rounded up to whole compaction periods."""
@@ -154,7 +189,7 @@ class Arm:
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * plan.parallel
         params.n_batch = params.n_ubatch = max(self.chunk, plan.parallel)
-        params.n_seq_max, params.kv_unified = plan.parallel, False
+        params.n_seq_max, params.kv_unified, params.n_outputs_max = plan.parallel, False, plan.parallel
         params.n_threads = params.n_threads_batch = plan.threads
         params.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -258,14 +293,10 @@ def bench(plan: Plan, report: Callable[[str], None] = lambda text: None) -> list
         deepest = max(plan.depths)
         tokens = trace(model, plan.longest, plan.seed)
         warm_up(model, plan, tokens)
-        means: list[Arm] = []
-        for flash_attn in plan.flash_attn:
-            arms.append(Arm(model, plan, None, flash_attn, deepest + plan.n, tokens))
-            if plan.kv:
-                arms.append(Arm(model, plan, plan.kv, flash_attn, plan.longest, tokens))
-                means.append(Arm(model, plan, None, flash_attn, plan.mean_start + plan.n, tokens))
-        depth_arms, rows = list(arms), []
-        arms += means
+        for kv, flash_attn, n_ctx in plan.arms():
+            arms.append(Arm(model, plan, kv, flash_attn, n_ctx, tokens))
+        n_means = len(plan.flash_attn) if plan.kv else 0
+        depth_arms, means, rows = arms[: len(arms) - n_means], arms[len(arms) - n_means :], []
         for depth in sorted(set(plan.depths)):
             # the mean depth says something about depths that lie in the steady state; once is enough
             extra = means if depth == deepest and all(steady(arm, depth) for arm in depth_arms) else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -102,7 +102,25 @@ class Planner:
         Raises:
             ValueError, RKVError: as Probe.measure.
         """
-        measured = self.probe.measure(setting)
+        return self._plan(setting, self.probe.measure(setting), reasons)
+
+    def together(self, settings: Sequence[Setting]) -> Plan:
+        """What several contexts over one model take at once; shown as the first of them.
+
+        Raises:
+            ValueError, RKVError: as Probe.measure.
+        """
+        found = [self.probe.measure(s) for s in settings]
+        parts: dict[str, Part] = {}
+        for place in {p for m in found for p in m.parts}:
+            here = [m.parts.get(place, Part()) for m in found]
+            parts[place] = Part(
+                max(p.weights for p in here), sum(p.kv for p in here), sum(p.compute for p in here)
+            )
+        most = max(m.resident for m in found)
+        return self._plan(settings[0], replace(found[0], parts=parts, resident=most, cells=0), ())
+
+    def _plan(self, setting: Setting, measured: Measured, reasons: tuple[str, ...]) -> Plan:
         on_gpu = bool(self.gpus) and setting.n_gpu_layers != 0
         main = self._device(MAIN, measured.parts.get(MAIN, Part()), measured.resident, self.main_limit)
         if on_gpu:
@@ -165,10 +183,13 @@ class Planner:
 
     # -- the search ----------------------------------------------------------------------------------
 
-    def search(self, setting: Setting, free: frozenset[str], many: bool = False) -> Plan:
+    def search(
+        self, setting: Setting, free: frozenset[str], many: bool = False, explain: bool = True
+    ) -> Plan:
         """The first of the settings that fits; many: with as many sequences as fit.
 
-        Where none fits: the least of them, with reasons that say what is missing and what would fit.
+        Where none fits: the setting itself with reasons that say what is missing and what would fit; explain
+        False: the one that comes nearest.
 
         Raises:
             ValueError, RKVError: as Probe.measure, for the setting itself.
@@ -177,6 +198,8 @@ class Planner:
         if not plan.fits:
             plan = self._first_fit(setting, free) or plan
         if not plan.fits:
+            if not explain:
+                return self._least(setting, free)
             return replace(start, reasons=self._why_not(start, setting, free))
         if many:
             plan = self._most_sequences(plan)
@@ -229,13 +252,11 @@ class Planner:
         if setting.kv is not None and setting.kv.active:
             kv = setting.kv
             if "kv_budget" in free and not isinstance(kv.layer_budgets, tuple):
-                for budget in (512, LEAST_BUDGET):
-                    if kv.least_budget <= budget < kv.budget:
-                        smaller_kv = replace(kv, budget=budget)
-                        yield (
-                            replace(setting, kv=smaller_kv),
-                            [*reasons, f"budget {budget} instead of {kv.budget:,}"],
-                        )
+                budget = kv.budget
+                while budget // 2 >= max(LEAST_BUDGET, kv.least_budget):
+                    budget //= 2
+                    smaller_budget = f"budget {budget:,} instead of {kv.budget:,}"
+                    yield replace(setting, kv=replace(kv, budget=budget)), [*reasons, smaller_budget]
         elif "n_ctx" in free:
             n_ctx = measured.n_ctx
             while n_ctx // 2 >= LEAST_CTX:
@@ -261,13 +282,13 @@ class Planner:
         def fits(layers: int) -> bool:
             return layers == 0 or self.evaluate(replace(setting, n_gpu_layers=layers)).fits
 
-        return _largest(fits, 0, self.shape.n_layer)
+        return largest(fits, 0, self.shape.n_layer)
 
     def _most_sequences(self, plan: Plan) -> Plan:
         def fits(n: int) -> bool:
             return n == 1 or self.evaluate(replace(plan.setting, n_seq_max=n, n_outputs=n)).fits
 
-        n = _largest(fits, 1, MOST_SEQ)
+        n = largest(fits, 1, MOST_SEQ)
         return (
             plan if n == 1 else self.evaluate(replace(plan.setting, n_seq_max=n, n_outputs=n), plan.reasons)
         )
@@ -284,17 +305,18 @@ class Planner:
         if near is None and relaxed != setting and self.evaluate(relaxed).fits:
             near = self.evaluate(relaxed)
         if near is not None:
-            return missing, f"it would fit with {' '.join(difference(plan, near))}"
-        least = self._least(relaxed)
+            fixed = FREE - free
+            return missing, f"it would fit with {' '.join(difference(plan, near, fixed))}"
+        least = self._least(relaxed, FREE)
         return missing, (
             f"the least that this model works with is {show(least.total_bytes)} "
             f"({', '.join(differences(least))}): more memory, or a smaller model"
         )
 
-    def _least(self, setting: Setting) -> Plan:
-        """The cheapest setting of all."""
+    def _least(self, setting: Setting, free: frozenset[str]) -> Plan:
+        """The setting that comes nearest to fitting."""
         plans = [self.evaluate(setting)]
-        for candidate, reasons in self.cheaper(setting, FREE):
+        for candidate, reasons in self.cheaper(setting, free):
             try:
                 plans.append(self.evaluate(candidate, tuple(reasons)))
             except (ValueError, RKVError):
@@ -306,7 +328,7 @@ def _margin(total: int) -> int:
     return min(MARGIN, total // MARGIN_SHARE)
 
 
-def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     """The largest n in [low, high] that fits; low is taken to."""
     while low < high:
         middle = (low + high + 1) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -98,24 +99,19 @@ def cache_name(setting: Setting) -> str:
     return k if k == v else f"{k}/{v}"
 
 
-def difference(wanted: Plan, other: Plan) -> list[str]:
-    """Options of the command line that turn one plan into another."""
-    options = []
-    if other.n_seq != wanted.n_seq:
-        options.append(f"-np {other.n_seq}")
-    if other.kv_budget != wanted.kv_budget:
-        options.append(f"--kv-budget {other.kv_budget}")
-    if other.n_ctx != wanted.n_ctx:
-        options.append(f"-c {other.n_ctx}")
-    if other.cache_type != wanted.cache_type:
-        options.append(f"-ctk {other.setting.type_k} -ctv {other.setting.type_v}")
-        if is_quantised(other.setting.type_v) and wanted.setting.flash_attn is False:
-            options.append("-fa on")
-    if other.n_batch != wanted.n_batch:
-        options.append(f"-b {other.n_batch}")
-    if other.n_gpu_layers != wanted.n_gpu_layers:
-        options.append(f"-ngl {other.n_gpu_layers}")
-    return options
+def difference(wanted: Plan, other: Plan, fixed: Collection[str]) -> list[str]:
+    """Options of the command line, among those that fix something, that turn one plan into another."""
+    k, v = other.setting.type_k, other.setting.type_v
+    flash = ["-fa on"] if is_quantised(v) and "flash_attn" in fixed else []
+    changes = [
+        ("n_seq", other.n_seq != wanted.n_seq, [f"-np {other.n_seq}"]),
+        ("kv_budget", other.kv_budget != wanted.kv_budget, [f"--kv-budget {other.kv_budget}"]),
+        ("n_ctx", other.n_ctx != wanted.n_ctx, [f"-c {other.n_ctx}"]),
+        ("cache_type", other.cache_type != wanted.cache_type, [f"-ctk {k} -ctv {v}", *flash]),
+        ("n_batch", other.n_batch != wanted.n_batch, [f"-b {other.n_batch}"]),
+        ("n_gpu_layers", other.n_gpu_layers != wanted.n_gpu_layers, [f"-ngl {other.n_gpu_layers}"]),
+    ]
+    return [o for name, differs, options in changes if differs and name in {*fixed, "n_seq"} for o in options]
 
 
 def differences(plan: Plan) -> list[str]:

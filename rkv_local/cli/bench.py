@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkv_local.cli import ui
+from rkv_local.cli.memory import fitted_bench
 from rkv_local.cli.options import budget_of, default_threads
-from rkv_local.cli.params import AT_LEAST_1, cache_options, context_options, model_option, opt
+from rkv_local.cli.params import (
+    AT_LEAST_1,
+    Parallel,
+    cache_options,
+    context_options,
+    memory_option,
+    model_option,
+    opt,
+)
 from rkv_local.models import resolve
 from rkv_local.shape import CACHE_TYPES, is_quantised
 
@@ -42,7 +51,8 @@ class Depths(click.ParamType):
 @opt("-d --depth", "Tokens before the measured ones.", Depths(), "0,2048,6144", "N,N,...")
 @opt("-n --n-gen", "Tokens in a stretch, rounded up to a multiple of --kv-buffer.", AT_LEAST_1, 128)
 @opt("-r --repetitions", "Stretches of each kind, in turns.", AT_LEAST_1, 5)
-@opt("-np --parallel", "Sequences at once.", click.IntRange(1, 256), 1)
+@opt("-np --parallel", "Sequences at once; auto: as many as fit in --memory.", Parallel(), 1, "N|auto")
+@memory_option()
 @cache_options()
 @context_options(
     opt("-fa --fa --flash-attn", "Settings to measure.", click.Choice(("on", "off", "both")), "both", None)
@@ -83,7 +93,7 @@ def bench(**values: Any) -> None:
         n=values["n_gen"],
         repetitions=values["repetitions"],
         flash_attn=settings,
-        parallel=values["parallel"],
+        parallel=values["parallel"] or 1,
         threads=values["threads"] or default_threads(),
         gpu_layers=gpu_layers,
         kv_offload=not values["no_kv_offload"],
@@ -94,6 +104,7 @@ def bench(**values: Any) -> None:
         raise click.UsageError(
             f"--depth {max(plan.depths)} is out of reach: {plan.cells:,} cells for --parallel {plan.parallel}"
         )
+    plan = fitted_bench(plan, values)
     if plan.n != values["n_gen"]:
         ui.line(f"-n {values['n_gen']} becomes {plan.n}: whole periods of {values['kv_buffer']} tokens")
     doing = [""]

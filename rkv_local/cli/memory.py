@@ -12,6 +12,7 @@ from rkv_local.cli import ui
 from rkv_local.sizes import show
 
 if TYPE_CHECKING:
+    from rkv_local.bench import Plan as BenchPlan
     from rkv_local.cli.options import LoadOptions
     from rkv_local.memory import Planner
     from rkv_local.memory_plan import Plan
@@ -41,6 +42,50 @@ def fitted(options: LoadOptions, values: dict[str, Any]) -> LoadOptions:
     if values["memory"] != "auto" or plan.reasons or options.verbose:
         say(plan)
     return adapted(options, plan.setting)
+
+
+def fitted_bench(plan: BenchPlan, values: dict[str, Any]) -> BenchPlan:
+    """A benchmark that fits in --memory, with all its caches at once: layers on the GPU, and sequences for -np auto.
+
+    Raises:
+        click.ClickException: nothing fits, or more is asked for than the machine has.
+    """
+    from rkv_local import RKVError
+    from rkv_local.memory import MOST_SEQ, Planner, largest
+
+    auto = values["memory"] == "auto" and values["parallel"] is not None
+    try:
+        with Planner(plan.model, values["memory"]) as planner:
+            check_limit(planner)
+
+            def made(plan: BenchPlan) -> Plan:
+                return planner.together(plan.settings())
+
+            chosen = plan
+            if values["gpu_layers"] is None and planner.gpus and not made(chosen).fits:
+                n_layer = planner.shape.n_layer
+                layers = largest(lambda n: n == 0 or made(replace(plan, gpu_layers=n)).fits, 0, n_layer)
+                chosen = replace(plan, gpu_layers=layers)
+            if values["parallel"] is None:
+                n_seq = largest(lambda n: n == 1 or made(replace(chosen, parallel=n)).fits, 1, MOST_SEQ)
+                chosen = replace(chosen, parallel=n_seq)
+            result = made(chosen)
+    except (ValueError, RKVError) as err:
+        if auto:
+            return plan  # loading it says the same, or shows that it is possible
+        raise click.ClickException(f"--memory: {err}") from err
+    if not result.fits:
+        raise click.ClickException(
+            f"{show(result.lacking_bytes)} too much for {ui.plural(len(chosen.arms()), 'cache')} at once: "
+            f"{result.line()}; a smaller --depth or -np, -ctk q8_0 -ctv q8_0, or one setting of -fa takes less"
+        )
+    if not auto or chosen != plan:
+        ui.note(result.line())
+        if chosen.parallel != plan.parallel:
+            ui.note(f"{ui.plural(chosen.parallel, 'sequence')} fit")
+        if chosen.gpu_layers != plan.gpu_layers:
+            ui.note(f"so that it fits: {chosen.gpu_layers} of {result.n_layer + 1} layers on the GPU")
+    return chosen
 
 
 def setting_of(options: LoadOptions) -> Setting:

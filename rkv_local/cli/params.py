@@ -76,6 +76,17 @@ class GpuLayers(click.ParamType):
         return number
 
 
+class Parallel(click.IntRange):
+    """A number of sequences, or auto."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 256)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number; None for auto."""
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
 class Memory(click.ParamType):
     """A size in bytes, or auto."""
 
@@ -194,8 +205,8 @@ def context_options(*flash_attn: Decorator) -> Decorator:
 def memory_option() -> Decorator:
     """The limit that a plan keeps."""
     text = (
-        "Memory to stay within, e.g. 6GiB: of the GPU, else of the process. auto: what is free, less 1 GiB or a "
-        "tenth. Options that are not given adapt to it."
+        "Memory to stay within, e.g. 6GiB: of the GPU, else of the process. auto: what is free, less 1 GiB "
+        "or a tenth. Options that are not given adapt to it."
     )
     return opt("--memory", text, Memory(), "auto", "SIZE|auto")
 

@@ -76,7 +76,8 @@ class Plan:
 
     def arms(self) -> list[tuple[KVBudget | None, bool, int]]:
         """Budget, flash attention and n_ctx of each context; the last of them are those at the mean depth."""
-        first, means = [], []
+        first: list[tuple[KVBudget | None, bool, int]] = []
+        means: list[tuple[KVBudget | None, bool, int]] = []
         for flash_attn in self.flash_attn:
             first.append((None, flash_attn, max(self.depths) + self.n))
             if self.kv:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -14,6 +15,7 @@ from . import _lib
 
 TYPES = ("CPU", "GPU", "iGPU", "accelerator", "meta")  # enum ggml_backend_dev_type
 UNKNOWN_TYPE = "other"
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,16 @@ def peak_resident() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_large_blocks() -> None:
+    """Have glibc give blocks of a MiB or more back to the system when they are freed.
+
+    By default the size from which it does so grows with what was freed last, to 32 MiB: buffers that were
+    used while weights were read then stay resident beside the caches that come after them.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def driver_used(pid: int) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from .devices import driver_used, list_devices, main_memory, resident
+from .devices import driver_used, list_devices, main_memory, resident, return_large_blocks
 from .errors import RKVError
 from .memory_plan import DevicePlan, Plan, cache_name, difference, differences
 from .probe import MAIN, Measured, Part, Probe, Setting
@@ -23,6 +23,9 @@ from .sizes import GIB, parse_size, show
 __all__ = ["DevicePlan", "Plan", "Planner", "plan"]
 
 MARGIN, MARGIN_SHARE = GIB, 10  # auto leaves a GiB of each device, or a tenth of a small one
+RESERVE = (
+    50  # a 50th of the limit stays free: code pages, stacks, what libraries take when they first compute
+)
 LEAST_BATCH, LEAST_BUDGET, LEAST_CTX = 32, 256, 1024  # what is given up goes down to these
 MOST_SEQ = 256  # LLAMA_MAX_SEQ
 FREE = frozenset({"n_gpu_layers", "n_batch", "cache_type", "kv_budget", "n_ctx", "use_mmap", "flash_attn"})
@@ -70,6 +73,7 @@ class Planner:
 
     def __init__(self, model_path: str | os.PathLike[str], memory: str | int = "auto") -> None:
         self.explicit = parse_size(memory)
+        return_large_blocks()
         self.shape = ModelShape.of(os.fspath(model_path))
         self.probe = Probe(model_path)
         self.gpus = {d.name: d for d in list_devices() if d.is_gpu and d.memory_total > 0}
@@ -132,7 +136,8 @@ class Planner:
             limited = (replace(main, limit_bytes=limit),)
             places = limited
         total = sum(d.total_bytes for d in limited)
-        lacking = max(0, total - limit, *(d.total_bytes - d.limit_bytes for d in places))
+        needs = [(total, limit), *((d.total_bytes, d.limit_bytes) for d in places)]
+        lacking = max(0, *(need - (most - most // RESERVE) for need, most in needs))
         layers = self.shape.n_layer + 1
         return Plan(
             fits=lacking == 0,
@@ -297,9 +302,9 @@ class Planner:
 
     def _why_not(self, plan: Plan, setting: Setting, free: frozenset[str]) -> tuple[str, ...]:
         """What is missing, and the nearest thing that would fit."""
-        tightest = max(plan.devices, key=lambda d: d.total_bytes - d.limit_bytes)
-        where = "" if len(plan.devices) == 1 else f" on {tightest.name}"
-        missing = f"{show(plan.lacking_bytes)} too much{where}: {plan.line()}"
+        over = [d for d in plan.devices if d.total_bytes > d.limit_bytes and len(plan.devices) > 1]
+        where = f" on {max(over, key=lambda d: d.total_bytes - d.limit_bytes).name}" if over else ""
+        missing = f"{show(plan.lacking_bytes)} too much{where} (2 % stay in reserve): {plan.line()}"
         relaxed = replace(setting, n_seq_max=None) if plan.n_seq > 1 else setting
         near = self._first_fit(relaxed, FREE) if (relaxed != setting or free < FREE) else None
         if near is None and relaxed != setting and self.evaluate(relaxed).fits:
@@ -309,7 +314,7 @@ class Planner:
             return missing, f"it would fit with {' '.join(difference(plan, near, fixed))}"
         least = self._least(relaxed, FREE)
         return missing, (
-            f"the least that this model works with is {show(least.total_bytes)} "
+            f"the least that this model works with is {show(least.total_bytes * RESERVE // (RESERVE - 1))} "
             f"({', '.join(differences(least))}): more memory, or a smaller model"
         )
 

@@ -5,9 +5,9 @@
 
 On the CPU the peak is the process's resident memory as the kernel counts it (VmHWM), on an NVIDIA GPU what
 the driver says that the process holds (nvidia-smi, sampled twice a second; where it hides processes, by how
-much the device's memory in use grew). The prompt is longer than two batches, so that prompt buffers are in
-use; the end of the text does not stop it. Prints JSON; exit code 1 if the peak is more than 5 % off the plan,
-or above the limit. Needs the installed package only.
+much the device's memory in use grew). The prompt fills the cache, so that all of the compute buffers is in
+use; the end of the text does not stop the model. Prints JSON; exit code 1 if the peak is more than 5 % off
+the plan, or above the limit. Needs the installed package only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def child(arguments: argparse.Namespace) -> None:
         start = time.monotonic()
         llama = rkv_local.Llama(arguments.model, **made.arguments(), verbose=False)
         n_vocab = llama.n_vocab()
-        prompt = [(i * 7919) % (n_vocab - 3) + 3 for i in range(2 * made.n_batch + 7)]
+        length = min(made.cells + 2 * made.n_batch + 7, made.n_ctx - arguments.tokens)
+        prompt = [(i * 7919) % (n_vocab - 3) + 3 for i in range(length)]
         tokens = llama.generate(prompt, temp=0.8, top_k=40)
         for n in range(arguments.tokens):
             next(tokens)
@@ -43,6 +44,7 @@ def child(arguments: argparse.Namespace) -> None:
                 print(f"{n} tokens, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         stats = llama.kv_stats()
         report |= {
+            "prompt_tokens": length,
             "tokens": arguments.tokens,
             "seconds": time.monotonic() - start,
             "compactions": stats.compactions,

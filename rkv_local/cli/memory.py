@@ -45,7 +45,7 @@ def fitted(options: LoadOptions, values: dict[str, Any]) -> LoadOptions:
 
 
 def fitted_bench(plan: BenchPlan, values: dict[str, Any]) -> BenchPlan:
-    """A benchmark that fits in --memory, with all its caches at once: layers on the GPU, and sequences for -np auto.
+    """A benchmark whose caches fit in --memory at once, by layers on the GPU and, for -np auto, sequences.
 
     Raises:
         click.ClickException: nothing fits, or more is asked for than the machine has.
@@ -76,8 +76,8 @@ def fitted_bench(plan: BenchPlan, values: dict[str, Any]) -> BenchPlan:
         raise click.ClickException(f"--memory: {err}") from err
     if not result.fits:
         raise click.ClickException(
-            f"{show(result.lacking_bytes)} too much for {ui.plural(len(chosen.arms()), 'cache')} at once: "
-            f"{result.line()}; a smaller --depth or -np, -ctk q8_0 -ctv q8_0, or one setting of -fa takes less"
+            f"{show(result.lacking_bytes)} too much for {ui.plural(len(chosen.arms()), 'cache')} at once "
+            f"(2 % stay in reserve): {result.line()}; a smaller --depth or -np, q8_0 caches, or one setting of -fa takes less"
         )
     if not auto or chosen != plan:
         ui.note(result.line())

@@ -76,15 +76,14 @@ class GpuLayers(click.ParamType):
         return number
 
 
-class Parallel(click.IntRange):
+class Parallel(click.ParamType):
     """A number of sequences, or auto."""
 
-    def __init__(self) -> None:
-        super().__init__(1, 256)
+    name = "n|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         """The number; None for auto."""
-        return None if value == "auto" else super().convert(value, param, ctx)
+        return None if value == "auto" else click.IntRange(1, 256).convert(value, param, ctx)
 
 
 class Memory(click.ParamType):

@@ -27,6 +27,7 @@ def test_struct_layouts_equal_the_header(tmp_path: Path) -> None:
     structs = {
         "rkv_params": _structs.RkvParams,
         "rkv_stats": _structs.RkvStats,
+        "rkv_memory": _structs.RkvMemory,
         "rkv_select_args": _structs.RkvSelectArgs,
     }
     header = Path(__file__).parents[2] / "native" / "rkv.h"
@@ -58,14 +59,18 @@ def test_struct_layouts_equal_the_header(tmp_path: Path) -> None:
         body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.DOTALL)
         assert body
         code = re.sub(r"//.*", "", body[1])
-        names = [re.sub(r".*[\s*]", "", part.strip()) for line in code.split(";") for part in line.split(",")]
+        names = [
+            re.sub(r".*[\s*]|\[\d+\]$", "", part.strip())
+            for line in code.split(";")
+            for part in line.split(",")
+        ]
         assert [n for n in names if n] == [field[0].rstrip("_") for field in struct._fields_]
 
 
 def test_policies_defaults_and_checks_are_the_librarys() -> None:
     assert [_native.policy_name(i) for i in range(len(POLICIES))] == list(POLICIES)
     assert _native.policy_name(len(POLICIES)) is None
-    assert _native.version() == 1
+    assert _native.version() == _structs.RKV_VERSION
     assert "0.3.36" in _native.build_info()
     ours, theirs = _native.params(KVBudget(batch=1)), _native.default_params()
     ours.n_batch_seq = theirs.n_batch_seq

@@ -80,6 +80,7 @@ class Planner:
         available, self.main_total = main_memory()
         self.main_available = available + resident()
         self.main_limit = max(0, self.main_available - _margin(self.main_total))
+        self.for_gpus = False  # the limit is the GPUs' though no layer may fit there
         self._driver: int | None = None
 
     def __enter__(self) -> Planner:
@@ -125,7 +126,7 @@ class Planner:
         return self._plan(settings[0], replace(found[0], parts=parts, resident=most, cells=0), ())
 
     def _plan(self, setting: Setting, measured: Measured, reasons: tuple[str, ...]) -> Plan:
-        on_gpu = bool(self.gpus) and setting.n_gpu_layers != 0
+        on_gpu = bool(self.gpus) and (setting.n_gpu_layers != 0 or self.for_gpus)
         main = self._device(MAIN, measured.parts.get(MAIN, Part()), measured.resident, self.main_limit)
         if on_gpu:
             limited = self._gpus(measured)
@@ -199,6 +200,7 @@ class Planner:
         Raises:
             ValueError, RKVError: as Probe.measure, for the setting itself.
         """
+        self.for_gpus = setting.n_gpu_layers != 0
         start = plan = self.evaluate(setting)
         if not plan.fits:
             plan = self._first_fit(setting, free) or plan

@@ -57,6 +57,7 @@ def fitted_bench(plan: BenchPlan, values: dict[str, Any]) -> BenchPlan:
     try:
         with Planner(plan.model, values["memory"]) as planner:
             check_limit(planner)
+            planner.for_gpus = plan.gpu_layers != 0
 
             def made(plan: BenchPlan) -> Plan:
                 return planner.together(plan.settings())
@@ -77,7 +78,8 @@ def fitted_bench(plan: BenchPlan, values: dict[str, Any]) -> BenchPlan:
     if not result.fits:
         raise click.ClickException(
             f"{show(result.lacking_bytes)} too much for {ui.plural(len(chosen.arms()), 'cache')} at once "
-            f"(2 % stay in reserve): {result.line()}; a smaller --depth or -np, q8_0 caches, or one setting of -fa takes less"
+            f"(2 % stay in reserve): {result.line()}; a smaller --depth or -np, q8_0 caches, or one setting "
+            f"of -fa takes less"
         )
     if not auto or chosen != plan:
         ui.note(result.line())

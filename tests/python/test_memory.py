@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from rkv_local.devices import Device
 from rkv_local.memory import FREE, Planner
 from rkv_local.probe import MAIN, Measured, Part, Probe, Setting
 from rkv_local.sizes import GIB, MIB, parse_size, show
+from rpc_client import has_rpc, started
 
 THREADS: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1}
 
@@ -137,7 +139,7 @@ def test_measuring_a_context_changes_nothing(repacked: Path) -> None:
                     assert sums(_native.memory(llama.ctx))["temporary"] > 0
             assert llama.kv_stats().compactions > 0
             found.append(row)
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_fewer_outputs_change_no_logits(repacked: Path) -> None:
@@ -149,7 +151,7 @@ def test_fewer_outputs_change_no_logits(repacked: Path) -> None:
             if n_outputs:
                 with pytest.raises(RKVError, match="16 rows of logits in one decode, n_outputs is 1"):
                     Session(llama).decode({0: list(range(16))}, logits="all")
-    assert np.array_equal(*rows)
+    assert np.array_equal(rows[0], rows[1])
     with pytest.raises(ValueError, match="n_outputs must be None with logits_all"):
         Llama(repacked, n_outputs=1, logits_all=True)
     with pytest.raises(ValueError, match="n_outputs is 0"):
@@ -388,6 +390,45 @@ def test_main_memory_limits_what_is_not_on_the_gpu(
     made = two_gpus("4GiB").search(Setting(n_gpu_layers=1), FREE - {"n_gpu_layers"})
     assert not made.fits
     assert "too much on CPU" in made.reasons[0]
+
+
+ON_A_SERVER = """
+import json, sys
+import rpc_client
+from rkv_local import Llama, _native, plan
+rpc_client.register(sys.argv[2:])
+common = {"n_threads": 1, "n_threads_batch": 1, "n_batch": 32}
+full = plan(sys.argv[1], "20GiB", **common)
+part = plan(sys.argv[1], full.total_bytes - 20000, **common)
+with Llama(sys.argv[1], **part.arguments(), verbose=False) as llama:
+    llama.eval(list(range(1, 90)))
+    real = [vars(m) for m in _native.memory(llama.ctx)]
+print(json.dumps({"full": full.as_dict(), "part": part.as_dict(), "real": real}))
+"""
+
+
+@pytest.mark.skipif(not has_rpc(), reason="the libraries were built without -DGGML_RPC=ON")
+def test_layers_that_fit_on_a_server(tmp_path: Path) -> None:
+    """A device that llama.cpp takes for a GPU: fewer layers go there, and what lies there is what was planned."""
+    model = make_random_model(tmp_path / "model.gguf", layers=12, heads=16, kv_heads=16, head_dim=64, ff=2048)
+    with started(1) as endpoints:
+        done = subprocess.run(
+            [sys.executable, "-c", ON_A_SERVER, str(model), *endpoints],
+            env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'python'}"),
+            capture_output=True, text=True, check=False, timeout=200,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    full, part = found["full"], found["part"]
+    assert (full["n_gpu_layers"], full["reasons"]) == (13, [])
+    assert 0 < part["n_gpu_layers"] < 13
+    assert part["reasons"] == [f"{part['n_gpu_layers']} of 13 layers on the GPU"]
+    assert part["fits"]
+    there = [m for m in found["real"] if not m["host"]]
+    assert [m["device"] for m in there] == [part["devices"][0]["name"]]
+    assert there[0]["weights"] == part["weights_bytes"]
+    assert there[0]["cache"] == part["kv_bytes"]
+    assert there[0]["compute"] + there[0]["temporary"] == part["compute_bytes"]
 
 
 def test_what_the_driver_says_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,9 @@ int32_t rkv_get_memory(llama_context * ctx, rkv_memory * dst, size_t n_max) {
             ggml_backend_dev_type(ggml_backend_buft_get_device(buft)) == GGML_BACKEND_DEVICE_TYPE_CPU);
     }
     rkv_memory & cpu = found[ggml_backend_cpu_buffer_type()];
+    // graphs of the last decodes with outputs and without, which are kept to be reused
+    const size_t n_nodes = ctx->graph_max_nodes(std::min(ctx->n_ctx(), ctx->n_ubatch()));
+    cpu.compute += 2*(ggml_tensor_overhead()*n_nodes + ggml_graph_overhead_custom(n_nodes, false));
     // one row of logits for each sequence
     cpu.compute += (uint64_t) ctx->get_cparams().n_seq_max*ctx->get_model().vocab.n_tokens()*sizeof(float);
     if (on_cpu) {

@@ -159,13 +159,13 @@ def peak_resident() -> int | None:
 
 
 def return_large_blocks() -> None:
-    """Have glibc give blocks of a MiB or more back to the system when they are freed.
+    """Have glibc give blocks of 128 KiB or more back to the system when they are freed.
 
-    By default the size from which it does so grows with what was freed last, to 32 MiB: buffers that were
-    used while weights were read then stay resident beside the caches that come after them.
+    That is its default only until the first is freed: the limit then grows, to 32 MiB, and buffers that were
+    used while weights were read, or for a smaller batch, stay resident beside those that come after them.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)
 
 
 def driver_used(pid: int) -> int | None:

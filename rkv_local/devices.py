@@ -118,14 +118,13 @@ def _meminfo() -> tuple[int, int] | None:
         return None
 
 
-def _cgroup_limits() -> list[tuple[int, int]]:
+def _cgroup_limits(root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
     """(limit, used) of the control groups that limit this process; file caches do not count as used."""
     found = []
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),  # version 2
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
-        root = Path("/sys/fs/cgroup")
         try:
             stat = (root / used).with_name("memory.stat").read_text().splitlines()
             reclaimable = next((int(s.split()[1]) for s in stat if s.split()[0] == cache), 0)

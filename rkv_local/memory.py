@@ -76,7 +76,9 @@ class Planner:
         return_large_blocks()
         self.shape = ModelShape.of(os.fspath(model_path))
         self.probe = Probe(model_path)
-        self.gpus = {d.name: d for d in list_devices() if d.is_gpu and d.memory_total > 0}
+        gpus = [d for d in list_devices() if d.is_gpu and d.memory_total > 0]
+        discrete = [d for d in gpus if d.type == "GPU"]  # llama.cpp leaves integrated ones aside then
+        self.gpus = {d.name: d for d in discrete or gpus}
         available, self.main_total = main_memory()
         self.main_available = available + resident()
         self.main_limit = max(0, self.main_available - _margin(self.main_total))

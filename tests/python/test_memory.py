@@ -312,6 +312,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, repacked: Path) -> Iterator[Callab
         Device("CUDA1", "", "GPU", 6 * GIB, 6 * GIB),
         Device("CPU", "", "CPU", 64 * GIB, 64 * GIB),
         Device("BLAS", "", "accelerator", 0, 0),
+        Device("Vulkan9", "", "iGPU", 9 * GIB, 9 * GIB),
         Device("GONE", "", "GPU", 0, 0),
     ]
     made: list[Planner] = []
@@ -409,7 +410,7 @@ print(json.dumps({"full": full.as_dict(), "part": part.as_dict(), "real": real})
 
 @pytest.mark.skipif(not has_rpc(), reason="the libraries were built without -DGGML_RPC=ON")
 def test_layers_that_fit_on_a_server(tmp_path: Path) -> None:
-    """A device that llama.cpp takes for a GPU: fewer layers go there, and what lies there is what was planned."""
+    """What llama.cpp takes for a GPU: fewer layers go there, and what lies there is what was planned."""
     model = make_random_model(tmp_path / "model.gguf", layers=12, heads=16, kv_heads=16, head_dim=64, ff=2048)
     with started(1) as endpoints:
         done = subprocess.run(
@@ -449,6 +450,25 @@ def test_what_the_driver_says_of_processes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert devices.driver_used(12) is None
     assert devices.device_used() is None
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
+    assert devices._cgroup_limits(tmp_path) == []
+    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
+    assert devices._cgroup_limits(tmp_path) == [(4 * GIB, 2 * GIB)]
+    monkeypatch.setattr(devices, "_cgroup_limits", lambda: [(4 * GIB, 2 * GIB)])
+    monkeypatch.setattr(devices, "_meminfo", lambda: (16 * GIB, 32 * GIB))
+    assert devices.main_memory() == (2 * GIB, 4 * GIB)
+    monkeypatch.setattr(devices, "_cgroup_limits", lambda: [])
+    assert devices.main_memory() == (16 * GIB, 32 * GIB)
+
+
+def test_a_driver_that_is_not_there_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert memory._driver_overhead() == 0
 
 
 def test_main_memory_is_known() -> None:

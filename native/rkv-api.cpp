@@ -42,11 +42,6 @@ rkv_stats rkv_get_stats(const llama_context * ctx) {
     return st;
 }
 
-uint64_t rkv_scratch_bytes(const llama_context * ctx) {
-    const rkv_cache * rkv = rkv_cache_of(ctx);
-    return rkv ? rkv->scratch() : 0;
-}
-
 int32_t rkv_seq_used(const llama_context * ctx, llama_seq_id seq_id) {
     if (const rkv_cache * rkv = rkv_cache_of(ctx)) {
         return rkv->seq_used(seq_id);

@@ -68,12 +68,14 @@ public:
     //
 
     rkv_stats stats() const;
-    size_t    scratch() const { return n_scratch; }
     bool compact_now(llama_seq_id seq_id);
     bool close_holes(uint32_t strm); // after it the rows of a sequence are contiguous; false: failed to compute
     bool all_captured() const;
     bool check_devices(); // which layers take the generic path; false: a layer's device can run neither
     int32_t seq_used(llama_seq_id seq_id) const;
+
+    // adds the temporary memory of the largest pass; works without allocated tensors; false: rkv_set_error()
+    bool pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_type_t, size_t> & sizes);
 
     const rkv_params & get_params() const { return params; }
 
@@ -131,6 +133,9 @@ private:
     bool compact_some(const std::vector<uint32_t> & strms);
     bool run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
              const std::map<ggml_tensor *, const std::vector<float> *> & tables);
+    void place(ggml_backend_sched_t sched, ggml_cgraph * gf) const; // each node where its layer's cache is
+    std::vector<ggml_tensor *> pass_nodes(ggml_context * ctx, const layer_t & layer, ggml_tensor * new_pos,
+            ggml_tensor * jobs, ggml_tensor * rope) const;
     bool init_backends();
     bool give_up(const std::vector<uint32_t> & strms); // after a failure; false
     rkv_generic_layer  generic_layer(const layer_t & layer) const;
@@ -162,7 +167,6 @@ private:
     std::unique_ptr<rkv_generic> generic;
 
     size_t   n_jobs_max = 1;  // of one pass
-    size_t   n_scratch  = 0;  // bytes
     uint32_t n_kv_pad = 0;    // 0: not known yet
     bool     touched  = false; // a pass has begun to move rows
 

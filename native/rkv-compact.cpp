@@ -2,6 +2,7 @@
 // scheduler of its own, so that the decode graph stays allocated and is reused.
 
 #include "rkv-cache.h"
+#include "rkv-usage.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -92,12 +93,42 @@ bool rkv_cache::init_backends() {
     return true;
 }
 
+// The steps of a pass over one layer, in their order: positions, score, select, and a gather for all that moves.
+std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer_t & l, ggml_tensor * new_pos, ggml_tensor * jobs,
+        ggml_tensor * rope) const {
+    const rkv_op_params op = scorer_params(l);
+    ggml_tensor * pos   = ggml_rkv_positions(ctx, l.pos, new_pos, jobs, &op);
+    ggml_tensor * score = ggml_rkv_score    (ctx, l.k, l.q, jobs, pos, l.aux, rope, &op);
+    ggml_tensor * idx   = ggml_rkv_select   (ctx, score, jobs, groups[l.group].budget, &op);
+
+    std::vector<ggml_tensor *> nodes = { pos, score, idx };
+    for (ggml_tensor * view : gathered(ctx, l, hparams(), v_transposed())) {
+        nodes.push_back(ggml_rkv_compact(ctx, view, idx, jobs, &op));
+    }
+    return nodes;
+}
+
 rkv_generic_layer rkv_cache::generic_layer(const layer_t & l) const {
     return { l.k, l.q, l.pos, l.aux, params.policy == RKV_POLICY_LATEST ? rope_table(l) : nullptr, scorer_params(l) };
 }
 
 rkv_generic::views rkv_cache::generic_views(const layer_t & l) const {
     return [this, &l](ggml_context * ctx) { return gathered(ctx, l, hparams(), v_transposed()); };
+}
+
+void rkv_cache::place(ggml_backend_sched_t sched, ggml_cgraph * gf) const {
+    ggml_backend_sched_reset(sched);
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_RKV) {
+            // score reads the cache that compact writes: both belong where the layer is
+            const ggml_tensor * home = node->view_src ? node->view_src : node->src[0];
+            while (home && !home->buffer) {
+                home = home->src[0];
+            }
+            ggml_backend_sched_set_tensor_backend(sched, node, backend_of(home));
+        }
+    }
 }
 
 // Starts a graph whose nodes all work on cache tensors; it may still run when this returns. Inputs are set between
@@ -107,18 +138,7 @@ bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<
     if (ggml_graph_n_nodes(gf) == 0) { // all layers took the generic path
         return true;
     }
-    ggml_backend_sched_reset(sched.get());
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        ggml_tensor * node = ggml_graph_node(gf, i);
-        if (node->op == GGML_OP_RKV) {
-            // score reads the cache that compact writes: both belong where the layer is
-            const ggml_tensor * home = node->view_src ? node->view_src : node->src[0];
-            while (home && !home->buffer) {
-                home = home->src[0];
-            }
-            ggml_backend_sched_set_tensor_backend(sched.get(), node, backend_of(home));
-        }
-    }
+    place(sched.get(), gf);
     if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
         return rkv_set_error("failed to allocate memory for the compaction");
     }
@@ -260,15 +280,8 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
             }
             rope = rope_inputs[l.rope];
         }
-        const rkv_op_params op = scorer_params(l);
-
-        ggml_tensor * pos   = ggml_rkv_positions(ctx.get(), l.pos, new_pos, g.jobs, &op);
-        ggml_build_forward_expand(gf, pos);
-        ggml_tensor * score = ggml_rkv_score(ctx.get(), l.k, l.q, g.jobs, pos, l.aux, rope, &op);
-        ggml_tensor * idx   = ggml_rkv_select(ctx.get(), score, g.jobs, groups[l.group].budget, &op);
-        ggml_build_forward_expand(gf, idx);
-        for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
-            ggml_build_forward_expand(gf, ggml_rkv_compact(ctx.get(), view, idx, g.jobs, &op));
+        for (ggml_tensor * node : pass_nodes(ctx.get(), l, new_pos, g.jobs, rope)) {
+            ggml_build_forward_expand(gf, node);
         }
     }
 
@@ -402,6 +415,63 @@ bool rkv_cache::close_holes(uint32_t strm) {
     return true;
 }
 
+// Its graph as compact_some() makes it, with as many sequences as a pass can have.
+bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_type_t, size_t> & sizes) {
+    attach(lctx);
+    if (!init_backends()) {
+        return false;
+    }
+    const int64_t n_jobs = n_jobs_max;
+    ggml_init_params ip = {
+        /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(2*NODES_PER_LAYER + 5) + ropes.size() + groups.size() + 16) +
+                          ggml_graph_overhead_custom(graph_size(layers.size()), false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(ip) };
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), graph_size(layers.size()), false);
+    const auto new_input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
+        ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), type, ne0, ne1);
+        ggml_set_input(t);
+        return t;
+    };
+
+    ggml_tensor * new_pos = new_input(GGML_TYPE_I32, n_cells(), n_jobs);
+    std::vector<ggml_tensor *> jobs(groups.size()), rope(ropes.size());
+    std::map<ggml_backend_t, size_t> own; // what kernels, and the generic path, take beside the graph
+    for (const auto & l : layers) {
+        ggml_backend_t backend = backend_of(l.k);
+        if (l.generic) {
+            own[backend] = RKV_GENERIC_TEMP;
+            continue;
+        }
+        if (!jobs[l.group]) {
+            jobs[l.group] = new_input(GGML_TYPE_I32, RKV_JOB_N, n_jobs);
+        }
+        const bool rotates = params.policy == RKV_POLICY_LATEST && l.rope >= 0;
+        if (rotates && !rope[l.rope]) {
+            const auto * table = rope_table(l);
+            rope[l.rope] = new_input(GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
+        }
+        for (ggml_tensor * node : pass_nodes(ctx.get(), l, new_pos, jobs[l.group], rotates ? rope[l.rope] : nullptr)) {
+            ggml_build_forward_expand(gf, node);
+            own[backend] = std::max(own[backend], rkv_kernel_memory(backend, node, lctx->n_threads()));
+        }
+    }
+    std::vector<size_t> graph(backends.size(), 0);
+    // not with the pass's own scheduler, which would take these sizes for memory that it has
+    ggml_backend_sched_ptr measuring { ggml_backend_sched_new(backends.data(), nullptr, backends.size(),
+        graph_size(layers.size()), false, false) };
+    if (ggml_graph_n_nodes(gf) > 0) {
+        place(measuring.get(), gf);
+        ggml_backend_sched_reserve_size(measuring.get(), gf, graph.data());
+    }
+    for (size_t i = 0; i < backends.size(); ++i) {
+        sizes[ggml_backend_sched_get_buffer_type(measuring.get(), backends[i])] += graph[i] + own[backends[i]];
+    }
+    return true;
+}
+
 bool rkv_cache::compact_now(llama_seq_id seq_id) {
     const int64_t s = stream_of(seq_id);
     if (s < 0) {
@@ -420,11 +490,10 @@ bool rkv_cache::compact_now(llama_seq_id seq_id) {
     return compact({ (uint32_t) s });
 }
 
-// Which devices run the pass themselves, and do the others know what the generic path is made of? What does it take
-// of their memory for a while?
+// Which devices run the pass themselves, and do the others know what the generic path is made of? How
+// many sequences fit into one pass?
 bool rkv_cache::check_devices() {
     size_t n_generic = 0;
-    std::map<ggml_backend_dev_t, size_t> temp;
     n_jobs_max = std::min<size_t>(JOBS_PER_PASS, n_stream);
     for (auto & l : layers) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer));
@@ -432,40 +501,24 @@ bool rkv_cache::check_devices() {
             dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
         }
         ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*32, nullptr, true }) };
-        const rkv_op_params op = scorer_params(l);
         ggml_tensor * jobs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
         ggml_tensor * rope = params.policy == RKV_POLICY_LATEST && l.rope >= 0 ?
-            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, op.n_rot, RKV_ROPE_LO + 1) : nullptr;
-        ggml_tensor * pos   = ggml_rkv_positions(ctx.get(), l.pos, ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_cells(), 1), jobs, &op);
-        ggml_tensor * score = ggml_rkv_score    (ctx.get(), l.k, l.q, jobs, pos, l.aux, rope, &op);
-        ggml_tensor * idx   = ggml_rkv_select   (ctx.get(), score, jobs, groups[l.group].budget, &op);
-
-        std::vector<ggml_tensor *> nodes = { pos, score, idx };
-        for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
-            nodes.push_back(ggml_rkv_compact(ctx.get(), view, idx, jobs, &op));
-        }
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, l.op.n_rot, RKV_ROPE_LO + 1) : nullptr;
+        ggml_tensor * new_pos = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_cells(), 1);
+        const auto nodes = pass_nodes(ctx.get(), l, new_pos, jobs, rope);
         l.generic = !std::all_of(nodes.begin(), nodes.end(), [dev](const ggml_tensor * t) { return rkv_has_kernel(dev, t); });
         n_generic += l.generic;
 
-        const auto buft = ggml_backend_buffer_get_type(l.k->buffer);
-        const size_t nodes_size = ggml_backend_buft_get_alloc_size(buft, score) + ggml_backend_buft_get_alloc_size(buft, idx);
-        n_jobs_max = std::max<size_t>(1, std::min(n_jobs_max, RKV_SCRATCH_MAX/nodes_size)); // Metal's score brings its scratch along
-        size_t size = nodes_size*std::min<size_t>(JOBS_PER_PASS, n_stream);
-        if (l.generic) {
-            size = RKV_GENERIC_TEMP;
-        } else if (ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-            const size_t head = rkv_score_scratch(&op, n_cells(), l.k->ne[0]/l.n_head_kv);
-            size += std::max(head, std::min(RKV_SCRATCH_MAX, head*l.n_head_kv*n_jobs_max));
+        for (const ggml_tensor * node : nodes) {
+            if (!l.generic && !node->view_src) { // Metal's score brings its scratch memory along
+                const size_t size = ggml_backend_buft_get_alloc_size(ggml_backend_buffer_get_type(l.k->buffer), node);
+                n_jobs_max = std::max<size_t>(1, std::min(n_jobs_max, RKV_SCRATCH_MAX/size));
+            }
         }
-        temp[dev] = std::max(temp[dev], size);
         if (l.generic && !rkv_generic::check(dev, generic_views(l))) {
             return rkv_set_error("layer %u's cache is on %s, which can neither compact it nor move its rows: keep the cache in "
                 "main memory (offload_kqv=false, --no-kv-offload)", l.il, ggml_backend_dev_name(dev));
         }
-    }
-    n_scratch = 0;
-    for (const auto & [dev, size] : temp) {
-        n_scratch += size;
     }
     if (n_generic > 0) {
         LLAMA_LOG_INFO("%s: no compaction kernels for %zu of %zu layers: they are built from other ops\n", __func__, n_generic, layers.size());

@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // Bumped whenever a struct or a function below changes; rkv_version() returns the library's.
-#define RKV_VERSION 1
+#define RKV_VERSION 2
 
 // All counts are in cells (= tokens).
 struct rkv_params {
@@ -80,8 +80,20 @@ struct rkv_stats {
 
 LLAMA_API struct rkv_stats rkv_get_stats(const struct llama_context * ctx);
 
-// Temporary memory of a compaction on all devices together, at most, in bytes: beside what the stats count. 0: no budget.
-LLAMA_API uint64_t rkv_scratch_bytes(const struct llama_context * ctx);
+// What a context takes in one type of buffer, in bytes. Also of a context whose model was loaded with no_alloc: then it
+// is what would be allocated, and no weight is read.
+struct rkv_memory {
+    char     device[64]; // ggml's name: "CPU", "CUDA0"
+    char     buffer[64]; // "CPU", "CPU_REPACK", "CUDA0", "CUDA_Host"
+    bool     host;       // in main memory
+    uint64_t weights;
+    uint64_t cache;      // K, V and all that a budget adds to them; recurrent states
+    uint64_t compute;    // decode graphs, logits, the CPU's work buffer
+    uint64_t pass;       // a compaction's graph and its kernels' temporary memory
+};
+
+// One entry per type of buffer; returns their number, or -1 on an error. dst may be NULL. Between two decodes only.
+LLAMA_API int32_t rkv_get_memory(struct llama_context * ctx, struct rkv_memory * dst, size_t n_max);
 
 // Cells in use by a sequence in the widest layer, -1 on a bad sequence.
 LLAMA_API int32_t rkv_seq_used(const struct llama_context * ctx, llama_seq_id seq_id);

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._structs import RKV_VERSION, RkvParams, RkvSelectArgs, RkvStats, float_p, int_p, signatures
+from ._structs import (
+    RKV_VERSION,
+    RkvMemory,
+    RkvParams,
+    RkvSelectArgs,
+    RkvStats,
+    float_p,
+    int_p,
+    signatures,
+)
 from .budget import POLICIES, KVBudget
 from .errors import RKVError
 from .shape import ModelShape
@@ -186,9 +195,33 @@ def stats(ctx: Any) -> RkvStats:
     return result
 
 
-def scratch_bytes(ctx: Any) -> int:
-    """Bytes that a compaction takes for a while on all devices, at most; 0 without a budget."""
-    return int(library().rkv_scratch_bytes(ctx))
+@dataclass(frozen=True)
+class Memory:
+    """struct rkv_memory: bytes of a context in one type of buffer."""
+
+    device: str
+    buffer: str
+    host: bool
+    weights: int
+    cache: int
+    compute: int
+    temporary: int
+
+
+def memory(ctx: Any) -> list[Memory]:
+    """rkv_get_memory: what a context takes, or would take if its model was loaded with no_alloc.
+
+    Raises:
+        RKVError: it cannot be measured.
+    """
+    room = (RkvMemory * 64)()
+    n = library().rkv_get_memory(ctx, room, len(room))
+    if n < 0:
+        raise RKVError(last_error())
+    return [
+        Memory(m.device.decode(), m.buffer.decode(), m.host, m.weights, m.cache, m.compute, m.pass_)
+        for m in room[:n]
+    ]
 
 
 def seq_used(ctx: Any, seq: int = 0) -> int:

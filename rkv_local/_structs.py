@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 # The RKV_VERSION that these structs mirror.
-RKV_VERSION = 1
+RKV_VERSION = 2
 
 float_p = ctypes.POINTER(ctypes.c_float)
 int_p = ctypes.POINTER(ctypes.c_int32)
@@ -44,6 +44,20 @@ class RkvStats(ctypes.Structure):
         ("compactions", ctypes.c_uint64),
         ("t_compaction_us", ctypes.c_uint64),
         ("tokens_evicted", ctypes.c_uint64),
+    ]
+
+
+class RkvMemory(ctypes.Structure):
+    """struct rkv_memory."""
+
+    _fields_ = [
+        ("device", ctypes.c_char * 64),
+        ("buffer", ctypes.c_char * 64),
+        ("host", ctypes.c_bool),
+        ("weights", ctypes.c_uint64),
+        ("cache", ctypes.c_uint64),
+        ("compute", ctypes.c_uint64),
+        ("pass_", ctypes.c_uint64),
     ]
 
 
@@ -94,7 +108,7 @@ def signatures(low: Any) -> dict[str, tuple[list[Any], Any]]:
         "rkv_begin_init": ([params_p], None),
         "rkv_end_init": ([], ctypes.c_bool),
         "rkv_get_stats": ([ctx], RkvStats),
-        "rkv_scratch_bytes": ([ctx], ctypes.c_uint64),
+        "rkv_get_memory": ([ctx, ctypes.POINTER(RkvMemory), size], i32),
         "rkv_seq_used": ([ctx, i32], i32),
         "rkv_seq_compact": ([ctx, i32], ctypes.c_bool),
         "rkv_get_positions": ([*cell, int_p, size], i32),

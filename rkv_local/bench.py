@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from rkv_local import KVBudget, RKVError, _lib, _native
+from rkv_local.devices import resident
+from rkv_local.probe import Setting
+from rkv_local.shape import CACHE_TYPES
 
 _lib.prepare()
 
 from llama_cpp import llama_cpp as lib  # noqa: E402
 
-__all__ = ["Plan", "Row", "bench", "peak_rss"]
+__all__ = ["Plan", "Row", "bench"]
 
 STOCK_BATCH = 512  # llama.cpp's physical batch
 
@@ -71,6 +73,40 @@ class Plan:
     def mean_start(self) -> int:
         """Where a full cache starts a stretch that has the mean depth in its middle."""
         return max(0, self.mean_depth - self.n // 2)
+
+    def arms(self) -> list[tuple[KVBudget | None, bool, int]]:
+        """Budget, flash attention and n_ctx of each context; the last of them are those at the mean depth."""
+        first: list[tuple[KVBudget | None, bool, int]] = []
+        means: list[tuple[KVBudget | None, bool, int]] = []
+        for flash_attn in self.flash_attn:
+            first.append((None, flash_attn, max(self.depths) + self.n))
+            if self.kv:
+                first.append((self.kv, flash_attn, self.longest))
+                means.append((None, flash_attn, self.mean_start + self.n))
+        return [*first, *means]
+
+    def settings(self) -> list[Setting]:
+        """What the contexts are measured as by a memory plan; they are all there at once."""
+        types = {number: name for name, (number, _, _) in CACHE_TYPES.items()}
+        chunks = [kv.n_batch if kv else STOCK_BATCH for kv, _, _ in self.arms()]
+        return [
+            Setting(
+                kv=kv,
+                n_ctx=n_ctx,
+                n_batch=min(chunk, n_ctx),
+                n_ubatch=max(chunk, self.parallel),
+                n_seq_max=self.parallel,
+                n_outputs=self.parallel,
+                type_k=types[self.type_k],
+                type_v=types[self.type_v],
+                flash_attn=flash_attn,
+                n_gpu_layers=self.gpu_layers,
+                offload_kqv=self.kv_offload,
+                n_threads=self.threads,
+                n_threads_batch=self.threads,
+            )
+            for (kv, flash_attn, n_ctx), chunk in zip(self.arms(), chunks, strict=True)
+        ]
 
     def whole_periods(self) -> Plan:
         """The same with n rounded up to whole compaction periods."""
@@ -147,14 +183,14 @@ class Arm:
     def __init__(
         self, model: Any, plan: Plan, kv: KVBudget | None, flash_attn: bool, n_ctx: int, tokens: Sequence[int]
     ) -> None:
-        before = rss()
+        before = resident()
         self.kv, self.flash_attn, self.parallel, self.tokens = kv, flash_attn, plan.parallel, tokens
         self.name = kv.policy if kv else "full"
         self.chunk = kv.n_batch if kv else STOCK_BATCH
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * plan.parallel
         params.n_batch = params.n_ubatch = max(self.chunk, plan.parallel)
-        params.n_seq_max, params.kv_unified = plan.parallel, False
+        params.n_seq_max, params.kv_unified, params.n_outputs_max = plan.parallel, False, plan.parallel
         params.n_threads = params.n_threads_batch = plan.threads
         params.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -167,7 +203,7 @@ class Arm:
         self.memory = lib.llama_get_memory(self.ctx)
         self.batch = lib.llama_batch_init(params.n_batch, 0, 1)
         self.pos = 0
-        self.grown = rss() - before
+        self.grown = resident() - before
         stats = _native.stats(self.ctx)
         self.cells, self.kv_bytes = int(stats.cells), int(stats.bytes)
 
@@ -178,7 +214,7 @@ class Arm:
 
     def at(self, depth: int) -> None:
         """Bring all sequences to `depth`: cut, or feed what is missing; start anew where neither is exact."""
-        before = rss()
+        before = resident()
         if self.pos > depth and not self._cut(depth):
             lib.llama_memory_clear(self.memory, True)
             self.pos = 0
@@ -192,7 +228,7 @@ class Arm:
                 self.pos += n
             for seq in range(1, self.parallel):
                 lib.llama_memory_seq_cp(self.memory, 0, seq, -1, -1)
-        self.grown += rss() - before
+        self.grown += resident() - before
 
     def _cut(self, depth: int) -> bool:
         if depth == 0:
@@ -204,7 +240,7 @@ class Arm:
 
     def stretch(self, n: int) -> float:
         """Decode n tokens per sequence, one at a time; seconds."""
-        before, batch = rss(), self.batch
+        before, batch = resident(), self.batch
         self._fill([(0, 0, seq, True) for seq in range(self.parallel)])
         start = time.perf_counter()
         for _ in range(n):
@@ -215,7 +251,7 @@ class Arm:
             self._decode()
             self.pos += 1
         seconds = time.perf_counter() - start
-        self.grown += rss() - before
+        self.grown += resident() - before
         return seconds
 
     def _fill(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:
@@ -258,14 +294,10 @@ def bench(plan: Plan, report: Callable[[str], None] = lambda text: None) -> list
         deepest = max(plan.depths)
         tokens = trace(model, plan.longest, plan.seed)
         warm_up(model, plan, tokens)
-        means: list[Arm] = []
-        for flash_attn in plan.flash_attn:
-            arms.append(Arm(model, plan, None, flash_attn, deepest + plan.n, tokens))
-            if plan.kv:
-                arms.append(Arm(model, plan, plan.kv, flash_attn, plan.longest, tokens))
-                means.append(Arm(model, plan, None, flash_attn, plan.mean_start + plan.n, tokens))
-        depth_arms, rows = list(arms), []
-        arms += means
+        for kv, flash_attn, n_ctx in plan.arms():
+            arms.append(Arm(model, plan, kv, flash_attn, n_ctx, tokens))
+        n_means = len(plan.flash_attn) if plan.kv else 0
+        depth_arms, means, rows = arms[: len(arms) - n_means], arms[len(arms) - n_means :], []
         for depth in sorted(set(plan.depths)):
             # the mean depth says something about depths that lie in the steady state; once is enough
             extra = means if depth == deepest and all(steady(arm, depth) for arm in depth_arms) else []
@@ -360,21 +392,3 @@ def trace(model: Any, length: int, seed: int) -> list[int]:
         n = lib.llama_tokenize(vocab, data, len(data), buffer, len(buffer), not tokens, False)
         tokens += buffer[:n]
     return tokens[:length]
-
-
-def rss() -> int:
-    """Resident bytes of this process; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
-
-
-def peak_rss() -> int | None:
-    """The most resident bytes that this process ever had."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

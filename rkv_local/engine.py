@@ -91,6 +91,8 @@ class Llama(llama_cpp.Llama):
         flash_attn: True, False, or None for llama.cpp's automatic choice.
         type_k, type_v: cache types, by name (f16, q8_0, ...) or ggml type number.
         seed: -1 is llama_cpp's default seed; 0 is a seed like any other.
+        n_outputs: most rows of logits per decode, one per sequence at least; None is n_batch, for which
+            compute buffers are larger.
         **stock: llama_cpp.Llama's other parameters.
 
     Raises:
@@ -130,6 +132,7 @@ class Llama(llama_cpp.Llama):
         type_v: str | int | None = None,
         seed: int = -1,
         logits_all: bool = False,
+        n_outputs: int | None = None,
         **stock: Any,
     ) -> None:
         for name in stock:
@@ -148,7 +151,10 @@ class Llama(llama_cpp.Llama):
             type_k=type_k,
             type_v=type_v,
             embedding=bool(stock.get("embedding")),
+            n_outputs=n_outputs,
         )
+        if n_outputs is not None and (logits_all or stock.get("draft_model") is not None):
+            raise ValueError("n_outputs must be None with logits_all or a draft_model: all logits are wanted")
         self.kv, self.n_seq_max, self._active = made.kv, made.n_seq_max, made.active
         self._n_ctx = made.n_ctx
         self._recorder: Recorder | None = None
@@ -245,6 +251,7 @@ class Llama(llama_cpp.Llama):
             part = tokens[start : start + self.n_batch]
             past, n = self.n_tokens, len(part)
             every = self._every_logits or (recorder is not None and past < len(recorder.prompt))
+            self.check_outputs(n if every else 1)
             self._batch.set_batch(batch=part, n_past=past, logits_all=every)
             decode(self.ctx, self._batch.batch)
             self._n_outputs = n if every else 1
@@ -257,6 +264,16 @@ class Llama(llama_cpp.Llama):
             # Last, so that Ctrl-C before it leaves tokens that the next _settle removes.
             self.n_tokens = past + n
             self._requires_eval = False
+
+    def check_outputs(self, n: int) -> None:
+        """Refuse a decode with more rows of logits than there is room for; llama.cpp would abort.
+
+        Raises:
+            RKVError: n is more than n_outputs.
+        """
+        most = self._options.forced.get("n_outputs_max")
+        if most is not None and n > most:
+            raise RKVError(f"{n} rows of logits in one decode, n_outputs is {most}")
 
     def _settle(self) -> list[int]:
         """Make the cache end at n_tokens. Tokens to read again where it can't be done exactly."""

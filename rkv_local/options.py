@@ -63,6 +63,7 @@ def resolve(
     type_k: str | int | None,
     type_v: str | int | None,
     embedding: bool,
+    n_outputs: int | None = None,
 ) -> Options:
     """Check what belongs together and fill in what was left out; parameters as in Llama.
 
@@ -110,6 +111,8 @@ def resolve(
         forced |= {"n_seq_max": n_seq, "kv_unified": False}
     if flash_attn is None:
         forced["flash_attn_type"] = _AUTO
+    if n_outputs is not None:
+        forced["n_outputs_max"] = max(_at_least("n_outputs", n_outputs, 1), n_seq)
     number_k = None if type_k is None else cache_type(type_k, "type_k")
     number_v = None if type_v is None else cache_type(type_v, "type_v")
     if number_v is not None and is_quantised(number_v) and flash_attn is False:

@@ -114,6 +114,7 @@ class Session:
                     taken.append((seq, n, count))
                     n += count
             self._batch.batch.n_tokens = n
+            self.llama.check_outputs(int(np.count_nonzero(self._output[:n])))
             decode(self.llama.ctx, self._batch.batch)
             for seq, start, count in taken:
                 del left[seq][:count]

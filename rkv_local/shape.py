@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Mapping
@@ -160,6 +161,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, no GGUF, or cut short.
     """
+    try:
+        stat = Path(path).stat()
+    except OSError as error:
+        raise ValueError(f"cannot read the model file: {error}") from error
+    return dict(_read_metadata(os.fspath(path), stat.st_mtime_ns, stat.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_metadata(path: str, _mtime: int, _size: int) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:
             magic, version = file.read(4), file.read(4)

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkv_local.cli import ui
+from rkv_local.cli.memory import fitted_bench
 from rkv_local.cli.options import budget_of, default_threads
-from rkv_local.cli.params import AT_LEAST_1, cache_options, context_options, model_option, opt
+from rkv_local.cli.params import (
+    AT_LEAST_1,
+    Parallel,
+    cache_options,
+    context_options,
+    memory_option,
+    model_option,
+    opt,
+)
 from rkv_local.models import resolve
 from rkv_local.shape import CACHE_TYPES, is_quantised
 
@@ -42,7 +51,8 @@ class Depths(click.ParamType):
 @opt("-d --depth", "Tokens before the measured ones.", Depths(), "0,2048,6144", "N,N,...")
 @opt("-n --n-gen", "Tokens in a stretch, rounded up to a multiple of --kv-buffer.", AT_LEAST_1, 128)
 @opt("-r --repetitions", "Stretches of each kind, in turns.", AT_LEAST_1, 5)
-@opt("-np --parallel", "Sequences at once.", click.IntRange(1, 256), 1)
+@opt("-np --parallel", "Sequences at once; auto: as many as fit in --memory.", Parallel(), 1, "N|auto")
+@memory_option()
 @cache_options()
 @context_options(
     opt("-fa --fa --flash-attn", "Settings to measure.", click.Choice(("on", "off", "both")), "both", None)
@@ -57,10 +67,11 @@ def bench(**values: Any) -> None:
     mean depth (budget + buffer / 2): the speed that the budget would have if eviction cost nothing. On the
     CPU the budget's batch is its buffer, so that budget + buffer cells are allocated, on a GPU the usual one.
     """
-    from rkv_local.cli.devices import has_gpu
+    from rkv_local.devices import has_gpu, peak_resident
 
     # CUDA's flash attention is slow where the cells are no multiple of 256, as they are by default
-    on_gpu = values["gpu_layers"] != 0 and not values["no_kv_offload"] and has_gpu()
+    gpu_layers = -1 if values["gpu_layers"] is None else values["gpu_layers"]
+    on_gpu = gpu_layers != 0 and not values["no_kv_offload"] and has_gpu()
     kv = budget_of(values, None if on_gpu else values["kv_buffer"])
     settings = {"on": (True,), "off": (False,), "both": (False, True)}[values["fa"]]
     if is_quantised(values["cache_type_v"]):
@@ -69,7 +80,7 @@ def bench(**values: Any) -> None:
         settings = (True,)
     model = resolve(values["model"])
 
-    from rkv_local.bench import Plan, peak_rss
+    from rkv_local.bench import Plan
     from rkv_local.bench import bench as measure
     from rkv_local.cli import nativelog
 
@@ -82,9 +93,9 @@ def bench(**values: Any) -> None:
         n=values["n_gen"],
         repetitions=values["repetitions"],
         flash_attn=settings,
-        parallel=values["parallel"],
+        parallel=values["parallel"] or 1,
         threads=values["threads"] or default_threads(),
-        gpu_layers=values["gpu_layers"],
+        gpu_layers=gpu_layers,
         kv_offload=not values["no_kv_offload"],
         type_k=CACHE_TYPES[values["cache_type_k"]][0],
         type_v=CACHE_TYPES[values["cache_type_v"]][0],
@@ -93,6 +104,7 @@ def bench(**values: Any) -> None:
         raise click.UsageError(
             f"--depth {max(plan.depths)} is out of reach: {plan.cells:,} cells for --parallel {plan.parallel}"
         )
+    plan = fitted_bench(plan, values)
     if plan.n != values["n_gen"]:
         ui.line(f"-n {values['n_gen']} becomes {plan.n}: whole periods of {values['kv_buffer']} tokens")
     doing = [""]
@@ -106,7 +118,7 @@ def bench(**values: Any) -> None:
         "model": model.name,
         "params": parameters(plan, values),
         "seconds": time.monotonic() - start,
-        "peak_rss_bytes": peak_rss(),
+        "peak_rss_bytes": peak_resident(),
         "rows": [row.as_dict() for row in rows],
         "summary": summary(plan, rows),
     }

@@ -14,7 +14,8 @@ import click
 from rkv_local.cli import ui
 from rkv_local.models import ModelError
 
-COMMANDS = {"run": "run", "chat": "chat", "devices": "devices", "bench": "bench"}  # name: module
+# name: module
+COMMANDS = {"run": "run", "chat": "chat", "fit": "fit", "devices": "devices", "bench": "bench"}
 
 
 class Group(click.Group):

@@ -46,6 +46,7 @@ class LoadOptions:
     batch_size: int | None = None
     threads: int = 1
     gpu_layers: int = 0
+    mmap: bool = True
     kv_offload: bool = True
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
@@ -115,29 +116,33 @@ def budget_of(values: dict[str, Any], batch: int | None = None) -> KVBudget | No
 
 
 def load_of(values: dict[str, Any], model: Model) -> LoadOptions:
-    """The load options among a command's values.
+    """The load options among a command's values, adapted to --memory where they were not given.
 
     Raises:
-        click.UsageError: options that do not fit together.
+        click.UsageError: options that do not fit together. click.ClickException: nothing fits in the memory.
     """
     kv = budget_of(values, values["batch_size"])
     ctx_size = values["ctx_size"]
     if ctx_size is None:
         ctx_size = DEFAULT_N_CTX if kv else DEFAULT_CTX_FULL
-    flash_attn = flash_of(values["flash_attn"], values["gpu_layers"], values["cache_type_v"])
-    return LoadOptions(
+    gpu_layers = -1 if values["gpu_layers"] is None else values["gpu_layers"]
+    flash_attn = flash_of(values["flash_attn"], gpu_layers, values["cache_type_v"])
+    options = LoadOptions(
         model=model,
         kv=kv,
         ctx_size=ctx_size,
         batch_size=values["batch_size"] or (None if kv else 512),
         threads=values["threads"] or default_threads(),
-        gpu_layers=values["gpu_layers"],
+        gpu_layers=gpu_layers,
         kv_offload=not values["no_kv_offload"],
         cache_type_k=values["cache_type_k"],
         cache_type_v=values["cache_type_v"],
         flash_attn=flash_attn,
         verbose=values["verbose"],
     )
+    from rkv_local.cli.memory import fitted
+
+    return fitted(options, values)
 
 
 def flash_of(choice: str, gpu_layers: int, type_v: str) -> bool | None:
@@ -148,6 +153,6 @@ def flash_of(choice: str, gpu_layers: int, type_v: str) -> bool | None:
         return choice == "on"
     if is_quantised(type_v):
         return True
-    from rkv_local.cli.devices import has_gpu
+    from rkv_local.devices import has_gpu
 
     return None if gpu_layers != 0 and has_gpu() else False

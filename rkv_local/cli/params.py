@@ -12,6 +12,7 @@ from rkv_local.budget import POLICIES
 from rkv_local.cli.options import DEFAULT_CTX_FULL
 from rkv_local.options import DEFAULT_N_CTX, MAX_THREADS
 from rkv_local.shape import CACHE_TYPES
+from rkv_local.sizes import parse_size
 
 Decorator = Callable[[Any], Any]
 
@@ -58,19 +59,45 @@ class LayerBudgets(click.ParamType):
 class GpuLayers(click.ParamType):
     """llama.cpp's -ngl: a number, all or auto."""
 
-    name = "n|all"
+    name = "n|all|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of layers, -1 for all."""
-        if value in ("all", "auto"):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number of layers, -1 for all, None for auto."""
+        if value == "auto":
+            return None
+        if value == "all":
             return -1
         try:
             number = int(value)
         except (TypeError, ValueError):
             number = -2
         if number < -1:
-            self.fail(f"{value!r} is not a number of layers, 'all' or -1", param, ctx)
+            self.fail(f"{value!r} is not a number of layers, 'all', 'auto' or -1", param, ctx)
         return number
+
+
+class Parallel(click.ParamType):
+    """A number of sequences, or auto."""
+
+    name = "n|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number; None for auto."""
+        return None if value == "auto" else click.IntRange(1, 256).convert(value, param, ctx)
+
+
+class Memory(click.ParamType):
+    """A size in bytes, or auto."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Bytes, or 'auto'."""
+        try:
+            size = parse_size(value, "--memory")
+        except ValueError as err:
+            raise click.UsageError(str(err), ctx) from err
+        return "auto" if size is None else size
 
 
 class FiniteRange(click.FloatRange):
@@ -150,10 +177,10 @@ def context_options(*flash_attn: Decorator) -> Decorator:
         opt("-t --threads", "CPU threads (default: the physical cores).", THREADS),
         opt(
             "-ngl --gpu-layers --n-gpu-layers",
-            "Layers on the GPU, where there is one.",
+            "Layers on the GPU, where there is one; auto: as many as fit.",
             GpuLayers(),
-            "all",
-            "N|all",
+            "auto",
+            "N|all|auto",
         ),
         click.option(
             "-nkvo",
@@ -174,6 +201,15 @@ def context_options(*flash_attn: Decorator) -> Decorator:
     )
 
 
+def memory_option() -> Decorator:
+    """The limit that a plan keeps."""
+    text = (
+        "Memory to stay within, e.g. 6GiB: of the GPU, else of the process. auto: what is free, less 1 GiB "
+        "or a tenth. Options that are not given adapt to it."
+    )
+    return opt("--memory", text, Memory(), "auto", "SIZE|auto")
+
+
 def load_options() -> Decorator:
     """Everything that a model is loaded with."""
     reach = (
@@ -184,6 +220,7 @@ def load_options() -> Decorator:
     return stack(
         opt("-c --ctx-size", reach, AT_LEAST_0),
         opt("-b --batch-size", batch, AT_LEAST_1),
+        memory_option(),
         cache_options(),
         context_options(),
     )

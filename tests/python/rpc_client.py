@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,20 +77,53 @@ def _base() -> ctypes.CDLL:
     return ctypes.CDLL(str(next(iter(sorted(_libraries.glob("*ggml.*"))))))
 
 
+def register(endpoints: list[str]) -> list[int]:
+    """The servers become devices of this process, GPUs as far as llama.cpp is concerned."""
+    rpc, base = ctypes.CDLL(str(_rpc_library)), _base()
+    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    base.ggml_backend_reg_dev_get.restype = ctypes.c_void_p
+    devices = []
+    for endpoint in endpoints:
+        reg = rpc.ggml_backend_rpc_add_server(endpoint.encode())
+        if not reg:
+            raise RuntimeError(f"no server at {endpoint}")
+        base.ggml_backend_register(ctypes.c_void_p(reg))
+        devices.append(base.ggml_backend_reg_dev_get(ctypes.c_void_p(reg), ctypes.c_size_t(0)))
+    return devices
+
+
+@contextmanager
+def started(n: int) -> Iterator[list[str]]:
+    """Endpoints of server processes on loopback."""
+    endpoints, processes = [], []
+    for _ in range(n):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            endpoints.append(f"127.0.0.1:{free.getsockname()[1]}")
+        processes.append(
+            subprocess.Popen([sys.executable, __file__, "serve", endpoints[-1]], stdout=subprocess.DEVNULL)
+        )
+    try:
+        for endpoint, process in zip(endpoints, processes, strict=True):
+            host, port = endpoint.split(":")
+            for _ in range(100):
+                assert process.poll() is None, "the server did not start"
+                with socket.socket() as probe:
+                    if probe.connect_ex((host, int(port))) == 0:
+                        break
+                time.sleep(0.1)
+        yield endpoints
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 class RemoteModel(Model):
     """All layers on RPC servers, shared out evenly."""
 
     def __init__(self, path: Path, endpoints: list[str]) -> None:
-        rpc, base = ctypes.CDLL(str(_rpc_library)), _base()
-        rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
-        base.ggml_backend_reg_dev_get.restype = ctypes.c_void_p
-        devices = []
-        for endpoint in endpoints:
-            reg = rpc.ggml_backend_rpc_add_server(endpoint.encode())
-            if not reg:
-                raise RuntimeError(f"no server at {endpoint}")
-            base.ggml_backend_register(ctypes.c_void_p(reg))
-            devices.append(base.ggml_backend_reg_dev_get(ctypes.c_void_p(reg), ctypes.c_size_t(0)))
+        devices = register(endpoints)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
         super().__init__(path)
 

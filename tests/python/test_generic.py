@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import reference as ref
 from compaction import compact_and_check
 from engine_tools import THREADS, Context, Model
 from llamas import TEXT
-from rpc_client import budget_options, greedy, has_rpc, logged
+from rpc_client import budget_options, greedy, has_rpc, logged, started
 
 ROPE = ref.Rope(n_rot=64, freq_base=100_000.0)  # the default model's
 CLIENT = Path(__file__).with_name("rpc_client.py")
@@ -67,24 +65,8 @@ def test_kept_sets_of_latest(
 @pytest.fixture
 def servers() -> Iterator[list[str]]:
     """Two server processes on loopback."""
-    endpoints, processes = [], []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            endpoints.append(f"127.0.0.1:{free.getsockname()[1]}")
-        processes.append(subprocess.Popen([sys.executable, str(CLIENT), "serve", endpoints[-1]]))
-    for endpoint, process in zip(endpoints, processes, strict=True):
-        host, port = endpoint.split(":")
-        for _ in range(100):
-            assert process.poll() is None, "the server did not start"
-            with socket.socket() as probe:
-                if probe.connect_ex((host, int(port))) == 0:
-                    break
-            time.sleep(0.1)
-    yield endpoints
-    for process in processes:
-        process.kill()
-        process.wait()
+    with started(2) as endpoints:
+        yield endpoints
 
 
 @pytest.mark.skipif(not has_rpc(), reason="the libraries were built without -DGGML_RPC=ON")

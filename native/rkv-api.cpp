@@ -2,6 +2,7 @@
 
 #include "rkv-cache.h"
 #include "rkv-init.h"
+#include "rkv-memory.h"
 #include "rkv-unrotate.h"
 
 #include "llama-context.h"
@@ -31,7 +32,7 @@ rkv_stats rkv_get_stats(const llama_context * ctx) {
         return rkv->stats();
     }
     rkv_stats st = {};
-    const auto * kv = ctx ? dynamic_cast<const llama_kv_cache *>(ctx->get_memory()) : nullptr;
+    const llama_kv_cache * kv = ctx ? rkv_attention_cache(ctx->get_memory()) : nullptr;
     if (kv) {
         st.cells = kv->get_size();
         for (const auto & [_, size] : kv->memory_breakdown()) {
@@ -46,7 +47,7 @@ int32_t rkv_seq_used(const llama_context * ctx, llama_seq_id seq_id) {
     if (const rkv_cache * rkv = rkv_cache_of(ctx)) {
         return rkv->seq_used(seq_id);
     }
-    const auto * kv = ctx ? dynamic_cast<const llama_kv_cache *>(ctx->get_memory()) : nullptr;
+    const llama_kv_cache * kv = ctx ? rkv_attention_cache(ctx->get_memory()) : nullptr;
     if (!kv || seq_id < 0 || (uint32_t) seq_id >= kv->get_n_seq_max()) {
         return -1;
     }
@@ -183,7 +184,7 @@ int32_t rkv_get_keys(llama_context * ctx, llama_seq_id seq_id, int32_t layer, in
         if (!fits(v, n_max)) {
             return -1;
         }
-        read_rows(v, v.layer->k, head, v.rkv->hparams().n_embd_head_k(layer), false, dst);
+        read_rows(v, v.layer->k, head, v.layer->n_embd_k, false, dst);
     }
     return v.n();
 }
@@ -197,9 +198,13 @@ int32_t rkv_get_keys_unrotated(llama_context * ctx, llama_seq_id seq_id, int32_t
     if (!head_of(ctx, seq_id, layer, head, v)) {
         return -1;
     }
+    if (!v.layer->unrotatable) {
+        rkv_set_error("layer %d changes its keys after RoPE, which cannot be undone", layer);
+        return -1;
+    }
     const auto    pos    = positions(v, head);
-    const int32_t n_embd = v.rkv->hparams().n_embd_head_k(layer);
-    const auto    op     = v.rkv->scorer_params(*v.layer);
+    const int32_t n_embd = v.layer->n_embd_k;
+    const auto    op     = v.layer->op;
     const auto *  table  = v.rkv->rope_table(*v.layer);
     for (int32_t i = 0; i < n; ++i) {
         rkv_undo_rotation(op, dst + (size_t) i*n_embd, n_embd, pos[i], table ? table->data() : nullptr, op.n_rot);
@@ -216,7 +221,16 @@ int32_t rkv_get_values(llama_context * ctx, llama_seq_id seq_id, int32_t layer, 
         if (!fits(v, n_max)) {
             return -1;
         }
-        read_rows(v, v.layer->v, head, v.rkv->hparams().n_embd_head_v(layer), v.rkv->v_transposed(), dst);
+        if (v.layer->v) {
+            read_rows(v, v.layer->v, head, v.layer->n_embd_v, v.rkv->v_transposed(), dst);
+        } else { // MLA: the first elements of K
+            const int64_t n_k = v.layer->n_embd_k, n_v = v.layer->n_embd_v;
+            std::vector<float> k((size_t) v.n()*n_k);
+            read_rows(v, v.layer->k, head, n_k, false, k.data());
+            for (int32_t i = 0; i < v.n(); ++i) {
+                std::copy_n(k.data() + i*n_k, n_v, dst + i*n_v);
+            }
+        }
     }
     return v.n();
 }

@@ -6,6 +6,7 @@ set(RKV_LLAMA_SOURCES
     rkv-generic.cpp
     rkv-graph.cpp
     rkv-init.cpp
+    rkv-memory.cpp
     rkv-ops.cpp
     rkv-rope.cpp
     rkv-select.cpp

@@ -1,0 +1,119 @@
+#include "rkv-memory.h"
+#include "rkv-cache.h"
+#include "rkv-init.h"
+
+#include "llama-hparams.h"
+#include "llama-kv-cache-dsa-iswa.h"
+#include "llama-kv-cache-dsa.h"
+#include "llama-kv-cache-dsv4.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-msa.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-hybrid-idx.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
+
+#include <limits>
+#include <string>
+
+//
+// kinds
+//
+
+llama_kv_cache * rkv_attention_cache(llama_memory_i * memory) {
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
+        return kv;
+    }
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return iswa->get_base();
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_attn();
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return hybrid->get_mem_attn()->get_base();
+    }
+    return nullptr;
+}
+
+template <typename T> static bool is(const llama_memory_i * memory) { return dynamic_cast<const T *>(memory) != nullptr; }
+
+void rkv_check_memory(llama_memory_i * memory) {
+    const rkv_pending * pending = rkv_pending_get();
+    if (!pending) {
+        return;
+    }
+    const llama_kv_cache * kv = rkv_attention_cache(memory);
+    if (kv && kv->rkv && pending->taken) {
+        return;
+    }
+    const std::string why =
+        !memory ? "the model keeps no KV cache" :
+        is<llama_memory_recurrent>(memory) ? "the model is recurrent and has no KV cache" :
+        is<llama_kv_cache_dsv4>(memory) ? "the model attends to compressed keys (DeepSeek V4)" :
+        is<llama_kv_cache_dsa>(memory) || is<llama_kv_cache_dsa_iswa>(memory) || is<llama_kv_cache_msa>(memory) ||
+            is<llama_memory_hybrid_idx>(memory) ? "the model's cache has an indexer (sparse attention)" :
+        "the model's kind of cache is unknown";
+    delete memory;
+    rkv_refuse(why);
+}
+
+//
+// operations
+//
+
+static const llama_kv_cache * base_of(const llama_kv_cache_iswa      & m) { return m.get_base(); }
+static const llama_kv_cache * base_of(const llama_memory_hybrid      & m) { return m.get_mem_attn(); }
+static const llama_kv_cache * base_of(const llama_memory_hybrid_iswa & m) { return m.get_mem_attn()->get_base(); }
+
+static const llama_kv_cache * window_of(const llama_kv_cache_iswa      & m) { return m.get_swa(); }
+static const llama_kv_cache * window_of(const llama_memory_hybrid      &)   { return nullptr; }
+static const llama_kv_cache * window_of(const llama_memory_hybrid_iswa & m) { return m.get_mem_attn()->get_swa(); }
+
+template <typename M> bool rkv_may_rm(const M & memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const rkv_cache * rkv = base_of(memory)->rkv.get();
+    if (!rkv) {
+        return true;
+    }
+    const llama_kv_cache * window = window_of(memory);
+    return rkv->seq_rm(seq_id, p0, p1) && (!window || rkv->window_reaches(*window, seq_id, p0, p1));
+}
+
+template <typename M> bool rkv_may_cp(const M & memory, llama_seq_id src, llama_seq_id dst, llama_pos & p0, llama_pos & p1) {
+    rkv_cache * rkv = base_of(memory)->rkv.get();
+    return !rkv || rkv->seq_cp(src, dst, p0, p1);
+}
+
+template <typename M> bool rkv_may_keep(const M & memory, llama_seq_id seq_id) {
+    rkv_cache * rkv = base_of(memory)->rkv.get();
+    if (!rkv) {
+        return true;
+    }
+    if (!rkv->seq_keep(seq_id)) {
+        return false;
+    }
+    if (auto * window = const_cast<llama_kv_cache *>(window_of(memory))) { // llama.cpp looks at one stream only
+        for (uint32_t s = 0; s < window->get_n_stream(); ++s) {
+            if ((llama_seq_id) s != seq_id) {
+                window->seq_rm(s, -1, -1);
+            }
+        }
+    }
+    return true;
+}
+
+template <typename M> bool rkv_may_shift(const M & memory) {
+    const rkv_cache * rkv = base_of(memory)->rkv.get();
+    return !rkv || !rkv->refuse_shift();
+}
+
+#define RKV_MEMORY(M) \
+    template bool rkv_may_rm<M>(const M &, llama_seq_id, llama_pos, llama_pos); \
+    template bool rkv_may_cp<M>(const M &, llama_seq_id, llama_seq_id, llama_pos &, llama_pos &); \
+    template bool rkv_may_keep<M>(const M &, llama_seq_id); \
+    template bool rkv_may_shift<M>(const M &);
+
+RKV_MEMORY(llama_kv_cache_iswa)
+RKV_MEMORY(llama_memory_hybrid)
+RKV_MEMORY(llama_memory_hybrid_iswa)

@@ -292,3 +292,26 @@ float rkv_get_attn_scale(const llama_context * ctx, int32_t layer) {
     const auto * l = rkv ? rkv->find_layer(layer) : nullptr;
     return l ? l->op.scale : 0.0f;
 }
+
+bool rkv_get_layer(const llama_context * ctx, int32_t layer, rkv_layer * dst) {
+    const rkv_cache * rkv = rkv_cache_of(ctx);
+    const auto * l = rkv ? rkv->find_layer(layer) : nullptr;
+    if (!l || !dst) {
+        return rkv_set_error("there is no layer %d with a KV cache under a budget", layer);
+    }
+    *dst = {};
+    dst->n_head        = l->n_head;
+    dst->n_readers     = l->readers.size();
+    dst->n_head_kv     = l->n_head_kv;
+    dst->n_embd_head_k = l->n_embd_k;
+    dst->n_embd_head_v = l->n_embd_v;
+    dst->n_rot         = l->op.n_rot;
+    dst->rope_begin    = l->op.rope_begin;
+    dst->budget        = rkv->groups[l->group].budget;
+    dst->scale         = l->op.scale;
+    dst->softcap       = l->op.softcap;
+    dst->has_sinks     = l->sinks != nullptr;
+    dst->v_in_k        = l->v == nullptr;
+    dst->unrotatable   = l->unrotatable;
+    return true;
+}

@@ -484,7 +484,7 @@ struct rope_site {
 };
 
 // Back from the cached keys to where they are rotated.
-void find_rope(const ggml_tensor * t, const ggml_tensor * k_rot, int64_t begin, bool last, rope_site & site) {
+void find_rope(const ggml_tensor * t, const ggml_tensor * k_rot, int64_t n_embd, int64_t begin, bool last, rope_site & site) {
     while (t) {
         switch (t->op) {
             case GGML_OP_ROPE:
@@ -503,8 +503,8 @@ void find_rope(const ggml_tensor * t, const ggml_tensor * k_rot, int64_t begin, 
                 t = t->src[0];
                 break;
             case GGML_OP_CONCAT:
-                find_rope(t->src[0], k_rot, begin, last && t->op_params[0] == 0, site);
-                find_rope(t->src[1], k_rot, begin + (t->op_params[0] == 0 ? t->src[0]->ne[0] : 0), last && t->op_params[0] == 0, site);
+                find_rope(t->src[0], k_rot, n_embd, begin, last && t->op_params[0] == 0, site);
+                find_rope(t->src[1], k_rot, n_embd, begin + (t->op_params[0] == 0 ? t->src[0]->ne[0] : 0), last && t->op_params[0] == 0, site);
                 return;
             case GGML_OP_MUL_MAT:
                 if (t->src[0] != k_rot) {
@@ -512,8 +512,15 @@ void find_rope(const ggml_tensor * t, const ggml_tensor * k_rot, int64_t begin, 
                 }
                 t = t->src[1];
                 break;
-            case GGML_OP_NORM: case GGML_OP_RMS_NORM: case GGML_OP_L2_NORM: case GGML_OP_GROUP_NORM: case GGML_OP_MUL: case GGML_OP_DIV:
-            case GGML_OP_ADD: case GGML_OP_SUB: case GGML_OP_SCALE: case GGML_OP_CLAMP: case GGML_OP_UNARY:
+            case GGML_OP_RMS_NORM: case GGML_OP_L2_NORM: // one factor per head leaves directions as they are
+                last = last && t->ne[0] == n_embd;
+                t = t->src[0];
+                break;
+            case GGML_OP_SCALE:
+                t = t->src[0];
+                break;
+            case GGML_OP_NORM: case GGML_OP_GROUP_NORM: case GGML_OP_MUL: case GGML_OP_DIV: case GGML_OP_ADD: case GGML_OP_SUB:
+            case GGML_OP_CLAMP: case GGML_OP_UNARY:
                 last = false;
                 t = t->src[0];
                 break;
@@ -531,7 +538,7 @@ void rkv_cache::set_rope(layer_t & l, const ggml_tensor * k_cur, const ggml_tens
     l.rope          = -1;
 
     rope_site site;
-    find_rope(k_cur, k_rot, 0, true, site);
+    find_rope(k_cur, k_rot, l.n_embd_k, 0, true, site);
     l.unrotatable = k_cur && site.last;
     if (!site.node) {
         return;

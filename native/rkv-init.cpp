@@ -132,6 +132,7 @@ void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparam
     const llama_hparams & hp = model.hparams;
 
     if (llm_arch_is_recurrent(model.arch))          { rkv_refuse("the model is recurrent and has no KV cache"); }
+    if (model.arch == LLM_ARCH_DEEPSEEK4)           { rkv_refuse("the model attends to compressed keys (DeepSeek V4)"); }
     if (hp.use_alibi)                               { rkv_refuse("the model has ALiBi position biases"); }
     if (hp.ple_n_heads > 0)                         { rkv_refuse("the model reads earlier tokens from its cache (n-gram embeddings)"); }
     if (llama_model_has_encoder(&model))            { rkv_refuse("the model has an encoder"); }

@@ -5,7 +5,6 @@
 #include "llama-hparams.h"
 #include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-dsa.h"
-#include "llama-kv-cache-dsv4.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache-msa.h"
 #include "llama-kv-cache.h"
@@ -51,7 +50,6 @@ void rkv_check_memory(llama_memory_i * memory) {
     const std::string why =
         !memory ? "the model keeps no KV cache" :
         is<llama_memory_recurrent>(memory) ? "the model is recurrent and has no KV cache" :
-        is<llama_kv_cache_dsv4>(memory) ? "the model attends to compressed keys (DeepSeek V4)" :
         is<llama_kv_cache_dsa>(memory) || is<llama_kv_cache_dsa_iswa>(memory) || is<llama_kv_cache_msa>(memory) ||
             is<llama_memory_hybrid_idx>(memory) ? "the model's cache has an indexer (sparse attention)" :
         "the model's kind of cache is unknown";

@@ -142,6 +142,9 @@ rkv_select = _function("rkv_select", c_int32, POINTER(RkvSelectArgs), c_void_p, 
 rkv_unrotate = _function("rkv_unrotate", c_int32, POINTER(RkvSelectArgs), c_void_p)
 
 
+ggml_op_name = _function("ggml_op_name", ctypes.c_char_p, c_int32)
+
+
 def last_error() -> str:
     return str(rkv_last_error().decode())
 

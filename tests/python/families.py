@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
 import reference as ref
 from compaction import compact_and_check
-from engine_tools import Context, Model, NativeError, Options, last_error
+from engine_tools import Context, Model, NativeError, Options, ggml_op_name, last_error
+
+import llama_cpp  # isort: skip  (engine_tools says which library it loads)
 
 SMALL = ref.Spec(budget=32, window=4, pin=2, pool=3)
 
@@ -52,7 +53,7 @@ CALLBACK = ctypes.CFUNCTYPE(c_bool, POINTER(Tensor), c_bool, c_void_p)
 class Watched(Context):
     """A context whose attention outputs are there after each decode: output[layer], [n_tokens, n_head, d_v].
 
-    Without flash attention they are the tensors `kqv`, with it `kqv_out` (the same where V is no part of K).
+    Without flash attention they are the tensors `kqv`, with it its nodes, of layers that their keys' names tell.
     """
 
     def __init__(self, model: Model, options: Options) -> None:
@@ -68,15 +69,23 @@ class Watched(Context):
         if not self.watching:
             return False
         t = tensor.contents
-        kind, _, layer = t.name.decode().partition("-")
-        if kind != ("kqv_out" if self.options.flash_attn else "kqv") or not layer.isdigit():
+        if self.options.flash_attn:
+            if ggml_op_name(t.op) != b"FLASH_ATTN_EXT":
+                return False
+            keys = ctypes.cast(t.src[1], POINTER(Tensor)).contents
+            layer = ctypes.cast(keys.view_src, POINTER(Tensor)).contents.name.decode().removeprefix("cache_k_l")
+        else:
+            kind, _, layer = t.name.decode().partition("-")
+            if kind != "kqv":
+                return False
+        if not layer.isdigit() or int(layer) in self.output:  # the first reader of a shared cache owns it
             return False
         if not ask:
             ne, nb = list(t.ne), list(t.nb)
             raw = np.ctypeslib.as_array((ctypes.c_char * (nb[3] * ne[3])).from_address(t.data))
             x = np.lib.stride_tricks.as_strided(raw.view(np.float32), ne[::-1], nb[::-1]).copy()
-            # [streams, heads, tokens, d], or [1, 1, tokens, heads * d]
-            self.output[int(layer)] = x[0].transpose(1, 0, 2) if kind == "kqv" else x[0, 0]
+            # [streams, tokens, heads, d], or heads first
+            self.output[int(layer)] = x[0] if self.options.flash_attn else x[0].transpose(1, 0, 2)
         return True
 
 
@@ -147,8 +156,6 @@ def check_attention(
         # the newest query; heads of all readers of a KV head lie side by side
         q = context.queries(il, seq)[-1].reshape(shape.n_head_kv, shape.n_readers, -1, shape.n_embd_head_k)
         got = context.output[il]
-        if context.options.flash_attn:
-            got = got.reshape(-1, q.shape[0] * q.shape[2], shape.n_embd_head_v)
         want = history.attention(
             context, il, q[:, 0].reshape(-1, shape.n_embd_head_k), positions[il], sinks.get(il)
         )
@@ -209,9 +216,8 @@ def check_compactions(model: Model, path: Path, tokens: Sequence[int], options: 
             n_fed += n
             if context.used() > spec.budget and spec.policy == "rkv":
                 held = compact_and_check(
-                    context, ref.Rope(), held, tally=tally, sinks=_all_readers(context, sinks), rotated=False
+                    context, ref.Rope(), held, tally=tally, sinks=sinks, rotated=False
                 )
-                history.check(context, 1) if False else None
         before = context.stats.compactions
         for token in tokens[n_fed : n_fed + 40]:  # those that the engine decides on itself
             check_attention(context, history, token, sinks)
@@ -222,10 +228,6 @@ def check_compactions(model: Model, path: Path, tokens: Sequence[int], options: 
         report.compactions += context.stats.compactions
         report.heads += tally.heads
         report.near_ties += tally.near_ties
-
-
-def _all_readers(context: Context, sinks: dict[int, NDArray[np.float32]]) -> dict[int, NDArray[np.float32]]:
-    return {il: s for il, s in sinks.items() if il in context.layers}
 
 
 def check_removal(context: Context, tokens: Sequence[int], n_past: int) -> None:
@@ -277,12 +279,11 @@ def check_model(model: Model, path: Path) -> Report:
     options = Options(SMALL, buffer=8, batch=8, n_ctx=512)
     with Context(model, options) as context:
         report.kind, report.layers = kind_of(model, context), len(context.layers)
-        v_in_k = any(layer.v_in_k for layer in context.layers.values())
     for flash_attn in (False, True):
         check_budget_not_reached(model, tokens[:96], flash_attn)
     check_compactions(model, path, tokens, options, report)
-    if not v_in_k:
-        check_compactions(model, path, tokens, dataclasses.replace(options, flash_attn=True, type_k="f16", type_v="f16"), report)
+    flash = dataclasses.replace(options, flash_attn=True, type_k="f16", type_v="f16")
+    check_compactions(model, path, tokens, flash, report)
     latest = dataclasses.replace(options, spec=dataclasses.replace(SMALL, policy="latest", n_sim=2))
     try:
         Context(model, latest).close()

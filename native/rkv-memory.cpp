@@ -13,30 +13,33 @@
 #include "llama-memory-hybrid.h"
 #include "llama-memory-recurrent.h"
 
-#include <limits>
 #include <string>
+#include <typeinfo>
 
 //
 // kinds
 //
 
+// exactly this class: of one that is derived from it nothing is known
+template <typename T> static T * as(llama_memory_i * memory) {
+    return memory && typeid(*memory) == typeid(T) ? static_cast<T *>(memory) : nullptr;
+}
+
 llama_kv_cache * rkv_attention_cache(llama_memory_i * memory) {
-    if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
+    if (auto * kv = as<llama_kv_cache>(memory)) {
         return kv;
     }
-    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+    if (auto * iswa = as<llama_kv_cache_iswa>(memory)) {
         return iswa->get_base();
     }
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+    if (auto * hybrid = as<llama_memory_hybrid>(memory)) {
         return hybrid->get_mem_attn();
     }
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+    if (auto * hybrid = as<llama_memory_hybrid_iswa>(memory)) {
         return hybrid->get_mem_attn()->get_base();
     }
     return nullptr;
 }
-
-template <typename T> static bool is(const llama_memory_i * memory) { return dynamic_cast<const T *>(memory) != nullptr; }
 
 void rkv_check_memory(llama_memory_i * memory) {
     const rkv_pending * pending = rkv_pending_get();
@@ -49,9 +52,9 @@ void rkv_check_memory(llama_memory_i * memory) {
     }
     const std::string why =
         !memory ? "the model keeps no KV cache" :
-        is<llama_memory_recurrent>(memory) ? "the model is recurrent and has no KV cache" :
-        is<llama_kv_cache_dsa>(memory) || is<llama_kv_cache_dsa_iswa>(memory) || is<llama_kv_cache_msa>(memory) ||
-            is<llama_memory_hybrid_idx>(memory) ? "the model's cache has an indexer (sparse attention)" :
+        as<llama_memory_recurrent>(memory) ? "the model is recurrent and has no KV cache" :
+        as<llama_kv_cache_dsa>(memory) || as<llama_kv_cache_dsa_iswa>(memory) || as<llama_kv_cache_msa>(memory) ||
+            as<llama_memory_hybrid_idx>(memory) ? "the model's cache has an indexer (sparse attention)" :
         "the model's kind of cache is unknown";
     delete memory;
     rkv_refuse(why);

@@ -259,7 +259,7 @@ class Model:
         self.n_layer = llama_cpp.llama_model_n_layer(self.model)
         self.n_head = llama_cpp.llama_model_n_head(self.model)
         self.n_head_kv = llama_cpp.llama_model_n_head_kv(self.model)
-        self.d_head = llama_cpp.llama_model_n_embd(self.model) // self.n_head
+        self.d_head = llama_cpp.llama_model_n_embd(self.model) // max(1, self.n_head)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def adjust(self, mparams: llama_cpp.llama_model_params) -> None:

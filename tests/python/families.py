@@ -69,12 +69,11 @@ class Watched(Context):
         if not self.watching:
             return False
         t = tensor.contents
-        if self.options.flash_attn:
-            if ggml_op_name(t.op) != b"FLASH_ATTN_EXT":
-                return False
+        flash = ggml_op_name(t.op) == b"FLASH_ATTN_EXT"
+        if flash:
             keys = ctypes.cast(t.src[1], POINTER(Tensor)).contents
             layer = ctypes.cast(keys.view_src, POINTER(Tensor)).contents.name.decode().removeprefix("cache_k_l")
-        else:
+        else:  # a model may have none although it was asked for
             kind, _, layer = t.name.decode().partition("-")
             if kind != "kqv":
                 return False
@@ -85,7 +84,7 @@ class Watched(Context):
             raw = np.ctypeslib.as_array((ctypes.c_char * (nb[3] * ne[3])).from_address(t.data))
             x = np.lib.stride_tricks.as_strided(raw.view(np.float32), ne[::-1], nb[::-1]).copy()
             # [streams, tokens, heads, d], or heads first
-            self.output[int(layer)] = x[0] if self.options.flash_attn else x[0].transpose(1, 0, 2)
+            self.output[int(layer)] = x[0] if flash else x[0].transpose(1, 0, 2)
         return True
 
 

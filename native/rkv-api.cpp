@@ -190,10 +190,6 @@ int32_t rkv_get_keys(llama_context * ctx, llama_seq_id seq_id, int32_t layer, in
 }
 
 int32_t rkv_get_keys_unrotated(llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head, float * dst, size_t n_max) {
-    const int32_t n = rkv_get_keys(ctx, seq_id, layer, head, dst, n_max);
-    if (n <= 0 || !dst) {
-        return n;
-    }
     head_view v;
     if (!head_of(ctx, seq_id, layer, head, v)) {
         return -1;
@@ -201,6 +197,10 @@ int32_t rkv_get_keys_unrotated(llama_context * ctx, llama_seq_id seq_id, int32_t
     if (!v.layer->unrotatable) {
         rkv_set_error("layer %d changes its keys after RoPE, which cannot be undone", layer);
         return -1;
+    }
+    const int32_t n = rkv_get_keys(ctx, seq_id, layer, head, dst, n_max);
+    if (n <= 0 || !dst) {
+        return n;
     }
     const auto    pos    = positions(v, head);
     const int32_t n_embd = v.layer->n_embd_k;

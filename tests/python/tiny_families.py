@@ -45,6 +45,9 @@ MOE: Shapes = {"ffn_gate_inp.weight": (2, D), "ffn_gate_exps.weight": (2, N_FF, 
 MOE |= {"ffn_up_exps.weight": (2, N_FF, D), "ffn_down_exps.weight": (2, D, N_FF)}
 MOE_BIAS: Shapes = {"ffn_gate_inp.bias": (2,), "ffn_gate_exps.bias": (2, N_FF)}
 MOE_BIAS |= {"ffn_up_exps.bias": (2, N_FF), "ffn_down_exps.bias": (2, D)}
+ENCODER: Shapes = {"attn_norm.weight": (D,), "attn_rel_b.weight": (8, 2), "attn_o.weight": (D, D)}
+ENCODER |= {f"attn_{x}.weight": (D, D) for x in "qkv"}
+ENCODER |= {"ffn_norm.weight": (D,), "ffn_up.weight": (N_FF, D), "ffn_down.weight": (D, N_FF)}
 CONV: Shapes = {"attn_norm.weight": (D,), "shortconv.conv.weight": (D, 3)}
 CONV |= {"shortconv.in_proj.weight": (3 * D, D), "shortconv.out_proj.weight": (D, D)}
 
@@ -170,6 +173,13 @@ KINDS: dict[str, tuple[str, int, dict, Callable[[int], Shapes], Shapes]] = {
         LATENT_KEYS | {"nextn_predict_layers": 1},
         lambda il: MLA | FFN | (NEXTN if il == 2 else {}),
         NORM | {"output.weight": (N_VOCAB, D)},
+    ),
+    "encoder": (
+        "t5encoder",
+        1,
+        {"attention.head_count": 2, "attention.head_count_kv": 2, "attention.relative_buckets_count": 8},
+        lambda _: {},
+        {f"enc.blk.0.{name}": shape for name, shape in ENCODER.items()} | {"enc.output_norm.weight": (D,)},
     ),
     "diffusion": ("llada", 2, {}, lambda _: QKV | FFN, NORM),
 }

@@ -101,9 +101,7 @@ def write_models(folder: Path) -> None:
     """One GGUF file per architecture. Raises SystemExit where the writer is missing or fails."""
     if not WRITER.is_file():
         raise SystemExit(f"{WRITER} is missing: see the head of {Path(__file__).name}")
-    done = subprocess.run(
-        [WRITER, "-o", folder, "-s", SEED], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([WRITER, "-o", folder, "-s", SEED], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"rkv-archs failed: {done.stderr[-300:]}")
 
@@ -155,7 +153,9 @@ def main() -> int:
     text = report(results)
     if args.check:
         same = TABLE.is_file() and TABLE.read_text(encoding="utf-8") == text
-        print("docs/models.md is up to date" if same else "docs/models.md differs: run scripts/arch_report.py")
+        print(
+            "docs/models.md is up to date" if same else "docs/models.md differs: run scripts/arch_report.py"
+        )
         return 0 if same and not bad else 1
     TABLE.write_text(text, encoding="utf-8")
     return 1 if bad else 0

@@ -318,7 +318,9 @@ class Context:
             raise NativeError(last_error())
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         found = [self.layer(il) for il in range(model.n_layer)]
-        self.layers = {il: layer for il, layer in enumerate(found) if layer}  # those with cells under the budget
+        self.layers = {
+            il: layer for il, layer in enumerate(found) if layer
+        }  # those with cells under the budget
 
     def adjust(self, cparams: llama_cpp.llama_context_params) -> None:
         """What else the context is made with; for subclasses."""

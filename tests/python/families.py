@@ -72,7 +72,7 @@ class Watched(Context):
         flash = ggml_op_name(t.op) == b"FLASH_ATTN_EXT"
         if flash:
             keys = t  # back to the cache, through views and casts
-            while not keys.name.startswith(b"cache_k_l") or keys.view_src:
+            while keys.op != 0:
                 keys = ctypes.cast(keys.view_src or keys.src[int(keys is t)], POINTER(Tensor)).contents
             layer = keys.name.decode().removeprefix("cache_k_l")
         else:  # a model may have none although it was asked for
@@ -197,7 +197,13 @@ def kind_of(model: Model, context: Context) -> str:
 
 def check_budget_not_reached(model: Model, tokens: Sequence[int], flash_attn: bool) -> None:
     """Logits bit-identical to stock."""
-    common: dict[str, Any] = {"batch": 16, "n_ctx": 512, "flash_attn": flash_attn, "type_k": "f16", "type_v": "f16"}
+    common: dict[str, Any] = {
+        "batch": 16,
+        "n_ctx": 512,
+        "flash_attn": flash_attn,
+        "type_k": "f16",
+        "type_v": "f16",
+    }
     with Context(model, Options(**common)) as stock:
         expected = stock.feed(tokens)
     assert np.isfinite(expected).all(), "stock llama.cpp's logits are not finite"
@@ -206,7 +212,9 @@ def check_budget_not_reached(model: Model, tokens: Sequence[int], flash_attn: bo
         assert context.stats.compactions == 0
 
 
-def check_compactions(model: Model, path: Path, tokens: Sequence[int], options: Options, report: Report) -> None:
+def check_compactions(
+    model: Model, path: Path, tokens: Sequence[int], options: Options, report: Report
+) -> None:
     """Many compactions: kept sets against the reference, rows against their positions, attention against numpy."""
     sinks, history, tally = sinks_of(path), History(), ref.Tally()
     with Watched(model, options) as context:
@@ -219,9 +227,7 @@ def check_compactions(model: Model, path: Path, tokens: Sequence[int], options: 
                 history.check(context, len(part))
             n_fed += n
             if context.used() > spec.budget and spec.policy == "rkv":
-                held = compact_and_check(
-                    context, ref.Rope(), held, tally=tally, sinks=sinks, rotated=False
-                )
+                held = compact_and_check(context, ref.Rope(), held, tally=tally, sinks=sinks, rotated=False)
         before = context.stats.compactions
         for token in tokens[n_fed : n_fed + 40]:  # those that the engine decides on itself
             check_attention(context, history, token, sinks)

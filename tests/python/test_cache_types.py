@@ -45,7 +45,10 @@ def test_rotation_is_undone_on_every_type(wide: tuple[Model, Path], type_k: str)
     model, _ = wide
     spec = dataclasses.replace(SMALL, policy="latest", budget=240)
     latest = dataclasses.replace(options(type_k, "f32"), spec=spec, flash_attn=False)
-    with Context(model, latest) as context, Context(model, dataclasses.replace(latest, type_k="f32")) as exact:
+    with (
+        Context(model, latest) as context,
+        Context(model, dataclasses.replace(latest, type_k="f32")) as exact,
+    ):
         for c in (context, exact):
             c.feed([7] * 100)
         for il in context.layers:

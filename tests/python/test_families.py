@@ -157,7 +157,10 @@ def test_removal_into_a_gone_window_is_refused(models: dict[str, tuple[Model, Pa
     model, _ = models["window, soft-cap"]
     spec = dataclasses.replace(SMALL, budget=480)
     options = Options(spec, buffer=16, batch=16, n_ctx=1024)
-    with Context(model, options) as context, Context(model, dataclasses.replace(options, swa_full=True)) as full:
+    with (
+        Context(model, options) as context,
+        Context(model, dataclasses.replace(options, swa_full=True)) as full,
+    ):
         for c in (context, full):
             c.feed(TOKENS[:400])
         assert context.remove(0, 395, -1) and full.remove(0, 395, -1)
@@ -222,7 +225,10 @@ def test_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
     merged = tiny_models.weights(shape)
     for name in names:
         out, inp = merged[name].shape
-        a, b = rng.normal(size=(4, inp)).astype(np.float32) / 4, rng.normal(size=(out, 4)).astype(np.float32) / 4
+        a, b = (
+            rng.normal(size=(4, inp)).astype(np.float32) / 4,
+            rng.normal(size=(out, 4)).astype(np.float32) / 4,
+        )
         writer.add_tensor(f"{name}.lora_a", a)
         writer.add_tensor(f"{name}.lora_b", b)
         merged[name] = merged[name] + b @ a  # alpha over rank is 1

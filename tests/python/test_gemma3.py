@@ -53,7 +53,13 @@ def test_only_full_attention_has_the_budget(gemma3: Model) -> None:
 
 
 def test_equal_to_stock_until_the_budget_is_reached(gemma3: Model) -> None:
-    common: dict[str, Any] = {"batch": 64, "n_ctx": 1024, "n_threads": THREADS, "type_k": "f16", "type_v": "f16"}
+    common: dict[str, Any] = {
+        "batch": 64,
+        "n_ctx": 1024,
+        "n_threads": THREADS,
+        "type_k": "f16",
+        "type_v": "f16",
+    }
     tokens = gemma3.tokenize(PROMPT)
     with Context(gemma3, Options(**common)) as stock:
         expected = stock.feed(tokens, last_only=True)

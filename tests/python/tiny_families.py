@@ -97,7 +97,12 @@ def write_family(path: Path, kind: str) -> Path:
 NORM: Shapes = {"output_norm.weight": (D,)}
 WINDOW = {"attention.sliding_window": 24}
 LFM2 = {"attention.head_count": [N_HEAD, 0, N_HEAD], "attention.head_count_kv": [N_HEAD, 0, N_HEAD]}
-LFM2 |= {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": 16, "shortconv.l_cache": 3}
+LFM2 |= {
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "rope.dimension_count": 16,
+    "shortconv.l_cache": 3,
+}
 LFM2_QKV: Shapes = {"attn_norm.weight": (D,), "attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
 LFM2_QKV |= {f"attn_{x}.weight": (D, D) for x in ("q", "k", "v", "output")}
 LATENT_KEYS = {
@@ -122,7 +127,11 @@ INDEXER_KEYS = {
     "expert_gating_func": 2,
 }
 SHARED = {"attention.sliding_window_pattern": [True, False] * 3, "attention.shared_kv_layers": 2}
-SHARED |= {"embedding_length_per_layer_input": 0, "attention.key_length_swa": HEAD, "attention.value_length_swa": HEAD}
+SHARED |= {
+    "embedding_length_per_layer_input": 0,
+    "attention.key_length_swa": HEAD,
+    "attention.value_length_swa": HEAD,
+}
 
 # architecture, layers, keys, tensors of layer il, other tensors
 KINDS: dict[str, tuple[str, int, dict, Callable[[int], Shapes], Shapes]] = {
@@ -137,27 +146,55 @@ KINDS: dict[str, tuple[str, int, dict, Callable[[int], Shapes], Shapes]] = {
         "gpt-oss",
         2,
         WINDOW | {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": N_FF},
-        lambda _: QKV
-        | MOE
-        | MOE_BIAS
-        | {"post_attention_norm.weight": (D,), "attn_sinks.weight": (N_HEAD,)}
-        | {"attn_q.bias": (N_HEAD * HEAD,), "attn_k.bias": (N_KV,), "attn_v.bias": (N_KV,)}
-        | {"attn_output.bias": (D,)},
+        lambda _: (
+            QKV
+            | MOE
+            | MOE_BIAS
+            | {"post_attention_norm.weight": (D,), "attn_sinks.weight": (N_HEAD,)}
+            | {"attn_q.bias": (N_HEAD * HEAD,), "attn_k.bias": (N_KV,), "attn_v.bias": (N_KV,)}
+            | {"attn_output.bias": (D,)}
+        ),
         NORM | {"output.weight": (N_VOCAB, D)},
     ),
-    "window, shared layers": ("gemma4", 6, WINDOW | SHARED, lambda _: QKV | QK_NORM | POST | FFN, NORM | {"rope_freqs.weight": (HEAD // 2,)}),
-    "window only": ("lfm2", 3, LFM2 | WINDOW, lambda il: FFN | (CONV if il == 1 else LFM2_QKV), {"token_embd_norm.weight": (D,)}),
-    "hybrid": ("lfm2", 3, LFM2, lambda il: FFN | (CONV if il == 1 else LFM2_QKV), {"token_embd_norm.weight": (D,)}),
+    "window, shared layers": (
+        "gemma4",
+        6,
+        WINDOW | SHARED,
+        lambda _: QKV | QK_NORM | POST | FFN,
+        NORM | {"rope_freqs.weight": (HEAD // 2,)},
+    ),
+    "window only": (
+        "lfm2",
+        3,
+        LFM2 | WINDOW,
+        lambda il: FFN | (CONV if il == 1 else LFM2_QKV),
+        {"token_embd_norm.weight": (D,)},
+    ),
+    "hybrid": (
+        "lfm2",
+        3,
+        LFM2,
+        lambda il: FFN | (CONV if il == 1 else LFM2_QKV),
+        {"token_embd_norm.weight": (D,)},
+    ),
     "MLA": ("deepseek2", 3, LATENT_KEYS, lambda _: MLA | FFN, NORM | {"output.weight": (N_VOCAB, D)}),
-    "indexer": ("deepseek32", 3, LATENT_KEYS | INDEXER_KEYS, lambda _: MLA | INDEXER | FFN, NORM | {"output.weight": (N_VOCAB, D)}),
+    "indexer": (
+        "deepseek32",
+        3,
+        LATENT_KEYS | INDEXER_KEYS,
+        lambda _: MLA | INDEXER | FFN,
+        NORM | {"output.weight": (N_VOCAB, D)},
+    ),
     "M-RoPE": (
         "qwen2vl",
         2,
         {"attention.head_count": 2, "rope.dimension_sections": [4, 6, 4, 2]},
-        lambda _: QKV
-        | FFN
-        | {"attn_q.weight": (D, D), "attn_output.weight": (D, D)}
-        | {"attn_q.bias": (D,), "attn_k.bias": (N_KV,), "attn_v.bias": (N_KV,)},
+        lambda _: (
+            QKV
+            | FFN
+            | {"attn_q.weight": (D, D), "attn_output.weight": (D, D)}
+            | {"attn_q.bias": (D,), "attn_k.bias": (N_KV,), "attn_v.bias": (N_KV,)}
+        ),
         NORM,
     ),
     "norm after RoPE": (

@@ -23,9 +23,9 @@ def compact_and_check(
 ) -> list[int]:
     """Dump K, V, Q and positions, compact, compare what is kept; kept cells must be the same bits as before.
 
-    n_old: cells of each layer with a budget that went through a compaction before. Returns the cells that each
-    holds now. sinks: of each layer, [n_head]; rotated: what is cached went through the Hadamard rotation (None: as
-    the type says).
+    n_old: cells of each layer with a budget that went through a compaction before. Returns the cells that
+    each holds now. sinks: of each layer, [n_head]; rotated: what is cached went through the Hadamard rotation
+    (None: as the type says).
     """
     options = context.options
     spec, layers = options.spec, list(context.layers)

@@ -1,8 +1,8 @@
 """What must hold in a context with a budget whatever the model's architecture, checked against numpy.
 
-Nothing here knows an architecture. Every key and value is recorded when its token arrives; after compactions the
-attention of a token, as the graph computed it, is compared with full attention over the recorded rows of the positions
-that each layer and head says it keeps.
+Nothing here knows an architecture. Every key and value is recorded when its token arrives; after compactions
+the attention of a token, as the graph computed it, is compared with full attention over the recorded rows of
+the positions that each layer and head says it keeps.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CALLBACK = ctypes.CFUNCTYPE(c_bool, POINTER(Tensor), c_bool, c_void_p)
 class Watched(Context):
     """A context whose attention outputs are there after each decode: output[layer], [n_tokens, n_head, d_v].
 
-    Without flash attention they are the tensors `kqv`, with it its nodes, of layers that their keys' names tell.
+    Without flash attention they are the tensors `kqv`, with it its nodes; their keys' names tell the layer.
     """
 
     def __init__(self, model: Model, options: Options) -> None:
@@ -92,7 +92,7 @@ class Watched(Context):
 
 @dataclass
 class History:
-    """Keys and values of every position of one sequence, as they were cached: [layer][position] -> [heads, d]."""
+    """Keys and values of a sequence as they were cached: [layer][position] -> [heads, d]."""
 
     keys: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
     values: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def check_attention(
             context, il, q[:, 0].reshape(-1, shape.n_embd_head_k), positions[il], sinks.get(il)
         )
         options = context.options
-        # the CPU multiplies quantised keys with 8-bit queries, and f16 ones (flash attention's f32 too) with f16
+        # the CPU multiplies quantised keys with 8-bit queries, f16 ones (flash attention's f32 too) with f16
         bound = 6e-2 if options.type_k.startswith(("q", "iq")) else 2e-2
         if not options.flash_attn and (options.type_k, options.type_v) == ("f32", "f32"):
             bound = 2e-4
@@ -215,9 +215,10 @@ def check_budget_not_reached(model: Model, tokens: Sequence[int], flash_attn: bo
 def check_compactions(
     model: Model, path: Path, tokens: Sequence[int], options: Options, report: Report
 ) -> None:
-    """Many compactions: kept sets against the reference, rows against their positions, attention against numpy."""
+    """Many compactions: kept sets against the reference, rows against positions, attention against numpy."""
     sinks, history, tally = sinks_of(path), History(), ref.Tally()
-    with Watched(model, options) as context:
+    context = Watched(model, options)
+    with context:
         held = [0] * len(context.layers)
         spec, n_fed = options.spec, 0
         for n in (40, 8, 8, 3, 8):
@@ -241,7 +242,7 @@ def check_compactions(
 
 
 def check_removal(context: Context, tokens: Sequence[int], n_past: int) -> None:
-    """A removal from the compacted part is refused and changes nothing; all of it is forgotten without a trace."""
+    """A removal from the compacted part is refused and changes nothing; all of it goes without a trace."""
     probe = list(tokens[:12])
     kept = {il: context.all_positions(il) for il in context.layers}
     for p0, p1 in ((5, -1), (3, n_past - 20)):
@@ -259,7 +260,7 @@ def check_removal(context: Context, tokens: Sequence[int], n_past: int) -> None:
 
 
 def check_unrotated(model: Model, token: int) -> None:
-    """Keys with RoPE undone: of one token repeated, which every position projects to the same key, all the same."""
+    """Keys with RoPE undone, of one token repeated: every position projects it to the same key."""
     options = Options(dataclasses.replace(SMALL, policy="latest", budget=240), batch=16, n_ctx=512)
     with Context(model, options) as context:
         context.feed([token] * 192)

@@ -1,4 +1,4 @@
-"""Every pair of cache types that flash attention takes on the CPU, with the Hadamard rotation of quantised ones."""
+"""Every pair of cache types that flash attention takes on the CPU, with the rotation of quantised ones."""
 
 from __future__ import annotations
 

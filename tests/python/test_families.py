@@ -1,4 +1,4 @@
-"""Model families: eviction in the full-attention part, refusals, and operations on memories of several parts."""
+"""Model families: eviction in the full-attention part, refusals, operations on memories of several parts."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_an_image_under_m_rope_is_refused_at_decode(models: dict[str, tuple[Mode
             positions[dim * n + i] = 40 + i if dim < 3 else 0
         assert llama_cpp.llama_decode(context.ctx, batch) == 0
         assert context.pos_max() == 43
-        batch.pos = ctypes.cast(kept, ctypes.POINTER(llama_cpp.llama_pos))
+        batch.pos = ctypes.cast(kept or 0, ctypes.POINTER(llama_cpp.llama_pos))
         llama_cpp.llama_batch_free(batch)
         assert np.isfinite(context.feed(TOKENS[:20])).all()
 
@@ -214,7 +214,7 @@ def test_an_image_under_m_rope_is_refused_at_decode(models: dict[str, tuple[Mode
 
 
 def test_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
-    """Keys and queries of a budget's context come after the adapter: numpy on merged weights, same kept cells."""
+    """Keys and queries come after the adapter: numpy on merged weights, restricted to the kept cells."""
     shape = tiny_models.SMALL_SHAPE
     model = Model(tiny_models.write_model(tmp_path / "base.gguf", shape))
     rng, names = np.random.default_rng(9), [f"blk.{il}.attn_{x}.weight" for il in range(2) for x in "qkv"]
@@ -231,7 +231,7 @@ def test_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
         )
         writer.add_tensor(f"{name}.lora_a", a)
         writer.add_tensor(f"{name}.lora_b", b)
-        merged[name] = merged[name] + b @ a  # alpha over rank is 1
+        merged[name] += b @ a  # alpha over rank is 1
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

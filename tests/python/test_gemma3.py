@@ -89,7 +89,7 @@ def test_text_past_several_compactions(gemma3_path: Path) -> None:
 
 
 def test_prefix_reuse_reads_the_prompt_again(gemma3_path: Path) -> None:
-    """A shorter prompt after a long one: llama_cpp removes the rest, which is refused, and the text is right."""
+    """A shorter prompt after a long one: removing the rest is refused, and the text is right."""
     kv = KVBudget(budget=512, buffer=64, batch=64)
     question = PROMPT + " the sea"
     with llama(gemma3_path, kv=kv) as used, llama(gemma3_path, kv=kv) as fresh:

@@ -1,4 +1,4 @@
-"""Small random models of other families than tiny_models.py's, for tests that need no forward pass of their own.
+"""Small random models of other families than tiny_models.py's, for tests that need no forward pass of it.
 
 Each kind: its architecture, GGUF keys and the shapes of a layer's tensors, [out, in].
 """
@@ -96,8 +96,9 @@ def write_family(path: Path, kind: str) -> Path:
 
 NORM: Shapes = {"output_norm.weight": (D,)}
 WINDOW = {"attention.sliding_window": 24}
-LFM2 = {"attention.head_count": [N_HEAD, 0, N_HEAD], "attention.head_count_kv": [N_HEAD, 0, N_HEAD]}
-LFM2 |= {
+LFM2: dict[str, object] = {
+    "attention.head_count": [N_HEAD, 0, N_HEAD],
+    "attention.head_count_kv": [N_HEAD, 0, N_HEAD],
     "attention.key_length": 16,
     "attention.value_length": 16,
     "rope.dimension_count": 16,
@@ -126,8 +127,9 @@ INDEXER_KEYS = {
     "attention.indexer.top_k": 8,
     "expert_gating_func": 2,
 }
-SHARED = {"attention.sliding_window_pattern": [True, False] * 3, "attention.shared_kv_layers": 2}
-SHARED |= {
+SHARED: dict[str, object] = {
+    "attention.sliding_window_pattern": [True, False] * 3,
+    "attention.shared_kv_layers": 2,
     "embedding_length_per_layer_input": 0,
     "attention.key_length_swa": HEAD,
     "attention.value_length_swa": HEAD,

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
+import arch_report
 import engine_tools as native
 import reference as ref
 import tiny_models
@@ -257,3 +258,24 @@ def test_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
             differs = differs or not np.allclose(got, plain.feed(token), atol=2e-2)
         assert differs and context.stats.compactions >= 8
     model.close()
+
+
+# --- scripts/arch_report.py ---
+
+
+def test_report_names_each_result(models: dict[str, tuple[Model, Path]], tmp_path: Path) -> None:
+    found = {kind: arch_report.run_one(models[kind][1]) for kind in ("hybrid", "mpt")}
+    (tmp_path / "garbage.gguf").write_bytes(b"GGUF" + bytes(100))
+    found["garbage"] = arch_report.run_one(tmp_path / "garbage.gguf")
+    assert [r["result"] for r in found.values()] == ["right", "refused", "not loaded"]
+    rows = arch_report.rows_of(arch_report.report(found))
+    assert "| hybrid | hybrid | 2 of 3 | right |" in rows
+    assert "| mpt |  |  | refused: the model has ALiBi position biases |" in rows
+
+
+def test_the_table_has_nothing_wrong() -> None:
+    """Of llama.cpp's own models; `arch_report.py --check` says whether it is still so."""
+    rows = [row.split(" | ") for row in arch_report.rows_of(arch_report.TABLE.read_text(encoding="utf-8"))]
+    results = [row[3].split(" |")[0] for row in rows if len(row) == 4 and row[3] != "result |"]
+    assert len(results) >= 128
+    assert all(result.startswith(("right", "refused: ")) for result in results)

@@ -18,8 +18,9 @@ import arch_report
 import engine_tools as native
 import reference as ref
 import tiny_models
+from compaction import compact_and_check
 from engine_tools import Context, Model, NativeError, Options
-from families import SMALL, Report, check_compactions, check_model
+from families import SMALL, Report, check_compactions, check_model, sinks_of
 from llamas import write_unsupported
 from tiny_families import KINDS, N_VOCAB, write_family
 
@@ -66,6 +67,29 @@ def test_family_is_right(models: dict[str, tuple[Model, Path]], kind: str) -> No
     assert report.kind == RIGHT[kind]
     assert report.compactions >= 20 and report.heads >= 20 and report.near_ties <= 2
     assert (report.latest == "right") == (kind != "norm after RoPE"), report.latest
+
+
+@pytest.mark.parametrize("kind", ["window, sinks", "window, soft-cap"])
+def test_sinks_and_soft_cap_decide_what_is_kept(models: dict[str, tuple[Model, Path]], kind: str) -> None:
+    """The reference agrees with them and, in some of six texts, not without: so they are in the importance."""
+    model, path = models[kind]
+    differs = 0
+    for with_them in (True, False):
+        for seed in range(6):
+            with Context(model, Options(SMALL, 8, 8, n_ctx=512)) as context:
+                context.feed([int(t) for t in np.random.default_rng(seed).integers(1, N_VOCAB, 40)])
+                if not with_them:
+                    for layer in context.layers.values():
+                        layer.softcap = 0.0
+                sinks = sinks_of(path) if with_them else None
+                try:
+                    compact_and_check(
+                        context, ref.Rope(), [0] * len(context.layers), sinks=sinks, rotated=False
+                    )
+                except AssertionError:
+                    assert not with_them
+                    differs += 1
+    assert differs > 0
 
 
 @pytest.mark.parametrize("kind", REFUSED)

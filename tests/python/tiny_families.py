@@ -84,6 +84,8 @@ def write_family(path: Path, kind: str) -> Path:
             data = 1 + 0.1 * rng.normal(size=shape)
         if name == "token_embd.weight" or name.endswith("sinks.weight"):
             data = rng.normal(size=shape)
+        if name.endswith("sinks.weight"):
+            data += 6  # as strong as the strongest keys
         if name.endswith("attn_q.weight"):
             data *= 3  # uneven attention
         writer.add_tensor(name, data.astype(np.float32))

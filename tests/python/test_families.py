@@ -71,7 +71,7 @@ def test_family_is_right(models: dict[str, tuple[Model, Path]], kind: str) -> No
 
 @pytest.mark.parametrize("kind", ["window, sinks", "window, soft-cap"])
 def test_sinks_and_soft_cap_decide_what_is_kept(models: dict[str, tuple[Model, Path]], kind: str) -> None:
-    """The reference agrees with them and, in some of six texts, not without: so they are in the importance."""
+    """The reference agrees with them and, in some text of six, not without."""
     model, path = models[kind]
     differs = 0
     for with_them in (True, False):

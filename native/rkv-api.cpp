@@ -2,6 +2,7 @@
 
 #include "rkv-cache.h"
 #include "rkv-init.h"
+#include "rkv-memory.h"
 #include "rkv-unrotate.h"
 
 #include "llama-context.h"
@@ -31,7 +32,7 @@ rkv_stats rkv_get_stats(const llama_context * ctx) {
         return rkv->stats();
     }
     rkv_stats st = {};
-    const auto * kv = ctx ? dynamic_cast<const llama_kv_cache *>(ctx->get_memory()) : nullptr;
+    const llama_kv_cache * kv = ctx ? rkv_attention_cache(ctx->get_memory()) : nullptr;
     if (kv) {
         st.cells = kv->get_size();
         for (const auto & [_, size] : kv->memory_breakdown()) {
@@ -46,7 +47,7 @@ int32_t rkv_seq_used(const llama_context * ctx, llama_seq_id seq_id) {
     if (const rkv_cache * rkv = rkv_cache_of(ctx)) {
         return rkv->seq_used(seq_id);
     }
-    const auto * kv = ctx ? dynamic_cast<const llama_kv_cache *>(ctx->get_memory()) : nullptr;
+    const llama_kv_cache * kv = ctx ? rkv_attention_cache(ctx->get_memory()) : nullptr;
     if (!kv || seq_id < 0 || (uint32_t) seq_id >= kv->get_n_seq_max()) {
         return -1;
     }
@@ -183,23 +184,27 @@ int32_t rkv_get_keys(llama_context * ctx, llama_seq_id seq_id, int32_t layer, in
         if (!fits(v, n_max)) {
             return -1;
         }
-        read_rows(v, v.layer->k, head, v.rkv->hparams().n_embd_head_k(layer), false, dst);
+        read_rows(v, v.layer->k, head, v.layer->n_embd_k, false, dst);
     }
     return v.n();
 }
 
 int32_t rkv_get_keys_unrotated(llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head, float * dst, size_t n_max) {
-    const int32_t n = rkv_get_keys(ctx, seq_id, layer, head, dst, n_max);
-    if (n <= 0 || !dst) {
-        return n;
-    }
     head_view v;
     if (!head_of(ctx, seq_id, layer, head, v)) {
         return -1;
     }
+    if (!v.layer->unrotatable) {
+        rkv_set_error("layer %d changes its keys after RoPE, which cannot be undone", layer);
+        return -1;
+    }
+    const int32_t n = rkv_get_keys(ctx, seq_id, layer, head, dst, n_max);
+    if (n <= 0 || !dst) {
+        return n;
+    }
     const auto    pos    = positions(v, head);
-    const int32_t n_embd = v.rkv->hparams().n_embd_head_k(layer);
-    const auto    op     = v.rkv->scorer_params(*v.layer);
+    const int32_t n_embd = v.layer->n_embd_k;
+    const auto    op     = v.layer->op;
     const auto *  table  = v.rkv->rope_table(*v.layer);
     for (int32_t i = 0; i < n; ++i) {
         rkv_undo_rotation(op, dst + (size_t) i*n_embd, n_embd, pos[i], table ? table->data() : nullptr, op.n_rot);
@@ -216,7 +221,16 @@ int32_t rkv_get_values(llama_context * ctx, llama_seq_id seq_id, int32_t layer, 
         if (!fits(v, n_max)) {
             return -1;
         }
-        read_rows(v, v.layer->v, head, v.rkv->hparams().n_embd_head_v(layer), v.rkv->v_transposed(), dst);
+        if (v.layer->v) {
+            read_rows(v, v.layer->v, head, v.layer->n_embd_v, v.rkv->v_transposed(), dst);
+        } else { // MLA: the first elements of K
+            const int64_t n_k = v.layer->n_embd_k, n_v = v.layer->n_embd_v;
+            std::vector<float> k((size_t) v.n()*n_k);
+            read_rows(v, v.layer->k, head, n_k, false, k.data());
+            for (int32_t i = 0; i < v.n(); ++i) {
+                std::copy_n(k.data() + i*n_k, n_v, dst + i*n_v);
+            }
+        }
     }
     return v.n();
 }
@@ -277,4 +291,27 @@ float rkv_get_attn_scale(const llama_context * ctx, int32_t layer) {
     const rkv_cache * rkv = rkv_cache_of(ctx);
     const auto * l = rkv ? rkv->find_layer(layer) : nullptr;
     return l ? l->op.scale : 0.0f;
+}
+
+bool rkv_get_layer(const llama_context * ctx, int32_t layer, rkv_layer * dst) {
+    const rkv_cache * rkv = rkv_cache_of(ctx);
+    const auto * l = rkv ? rkv->find_layer(layer) : nullptr;
+    if (!l || !dst) {
+        return rkv_set_error("there is no layer %d with a KV cache under a budget", layer);
+    }
+    *dst = {};
+    dst->n_head        = l->n_head;
+    dst->n_readers     = l->readers.size();
+    dst->n_head_kv     = l->n_head_kv;
+    dst->n_embd_head_k = l->n_embd_k;
+    dst->n_embd_head_v = l->n_embd_v;
+    dst->n_rot         = l->op.n_rot;
+    dst->rope_begin    = l->op.rope_begin;
+    dst->budget        = rkv->groups[l->group].budget;
+    dst->scale         = l->op.scale;
+    dst->softcap       = l->op.softcap;
+    dst->has_sinks     = l->sinks != nullptr;
+    dst->v_in_k        = l->v == nullptr;
+    dst->unrotatable   = l->unrotatable;
+    return true;
 }

@@ -11,20 +11,22 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
-std::unique_ptr<rkv_cache> rkv_cache::create(llama_kv_cache & kv, uint32_t n_stream) {
+std::unique_ptr<rkv_cache> rkv_cache::create(llama_kv_cache & kv, uint32_t n_stream, const filter_cb & filter, const reuse_cb & reuse) {
     if (!rkv_pending_get() || rkv_pending_get()->taken) {
         return nullptr;
     }
-    std::unique_ptr<rkv_cache> res(new rkv_cache(kv, n_stream));
+    std::unique_ptr<rkv_cache> res(new rkv_cache(kv, n_stream, filter, reuse));
     rkv_pending_get()->taken = true;
     rkv_pending_get()->cache = res.get();
     return res;
 }
 
-rkv_cache::rkv_cache(llama_kv_cache & kv, uint32_t n_stream) : kv(kv), model(*rkv_pending_get()->model), n_stream(n_stream) {
+rkv_cache::rkv_cache(llama_kv_cache & kv, uint32_t n_stream, const filter_cb & filter, const reuse_cb & reuse) :
+        kv(kv), model(*rkv_pending_get()->model), n_stream(n_stream) {
     const rkv_pending & pending = *rkv_pending_get();
 
     params        = pending.params;
@@ -32,19 +34,41 @@ rkv_cache::rkv_cache(llama_kv_cache & kv, uint32_t n_stream) : kv(kv), model(*rk
     cparams       = std::make_unique<llama_cparams>(*pending.cparams);
     n_extra       = std::max(params.buffer, params.n_batch_seq);
 
+    const int32_t n_layer = hparams().n_layer_all;
+    for (int32_t il = 0; il < n_layer; ++il) {
+        if (filter && !filter(il)) {
+            continue;
+        }
+        if (hparams().has_kv(il)) {
+            readers[il].insert(readers[il].begin(), il);
+        } else if (reuse && reuse(il) >= 0) {
+            readers[reuse(il)].push_back(il);
+        }
+    }
+    if (readers.empty()) {
+        rkv_refuse(hparams().swa_type != LLAMA_SWA_TYPE_NONE ?
+            "every attention layer has a sliding window, whose cache is small as it is" : "no layer has a KV cache");
+    }
+    if (kv.swa_type != LLAMA_SWA_TYPE_NONE) {
+        rkv_refuse("a sliding window without a cache of its own");
+    }
+
     // groups, the widest first
-    const uint32_t n_layer = model.hparams.n_layer_all;
     std::vector<uint32_t> budgets = layer_budgets;
     budgets.resize(n_layer, layer_budgets.empty() ? params.budget : layer_budgets.back());
 
-    std::vector<uint32_t> sizes = budgets;
+    std::vector<uint32_t> sizes;
+    for (const auto & [il, _] : readers) {
+        sizes.push_back(budgets[il]);
+    }
     std::sort(sizes.begin(), sizes.end(), std::greater<uint32_t>());
     sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
     for (const uint32_t size : sizes) {
         groups.push_back({ size, sizes.front() - size, 0 });
     }
-    for (const uint32_t budget : budgets) {
-        layer_group.push_back(std::find(sizes.begin(), sizes.end(), budget) - sizes.begin());
+    layer_group.assign(n_layer, 0);
+    for (const auto & [il, _] : readers) {
+        layer_group[il] = std::find(sizes.begin(), sizes.end(), budgets[il]) - sizes.begin();
     }
     n_budget_max = sizes.front();
     n_start      = groups.back().off;
@@ -59,21 +83,26 @@ rkv_cache::rkv_cache(llama_kv_cache & kv, uint32_t n_stream) : kv(kv), model(*rk
 rkv_cache::~rkv_cache() = default;
 
 void rkv_cache::add_layer(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml_tensor * v) {
-    const llama_hparams & hp = model.hparams;
+    const llama_hparams & hp = hparams();
 
     layer_t l = {};
     l.il        = il;
     l.group     = group_of(il);
-    l.n_head    = hp.n_head(il);
+    l.readers   = readers.at(il);
+    l.n_head    = hp.n_head(il)*l.readers.size();
     l.n_head_kv = hp.n_head_kv(il);
+    l.n_embd_k  = hp.n_embd_head_k(il);
+    l.n_embd_v  = hp.n_embd_head_v(il);
     l.k         = k;
     l.v         = v;
-    l.rope      = -1;
 
-    const int32_t n_embd_head = hp.n_embd_head_k(il);
-    const bool    latest      = params.policy == RKV_POLICY_LATEST;
+    if (l.n_head_kv < 1 || l.n_head < 1 || l.n_head % l.n_head_kv != 0) {
+        rkv_refuse("layer " + std::to_string(il) + " has " + std::to_string(l.n_head) + " query heads for " +
+            std::to_string(l.n_head_kv) + " KV heads");
+    }
+    const bool latest = params.policy == RKV_POLICY_LATEST;
 
-    l.q   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, (int64_t) n_embd_head*l.n_head, params.window + 1, n_stream);
+    l.q   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, (int64_t) l.n_embd_k*l.n_head, params.window + 1, n_stream);
     l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, k->ne[1], l.n_head_kv, n_stream);
     l.aux = latest ? ggml_new_tensor_4d(ctx, GGML_TYPE_F32, params.n_sim, k->ne[1], l.n_head_kv, n_stream) : nullptr;
     ggml_format_name(l.q,   "rkv_q_l%d", il);
@@ -99,24 +128,6 @@ void rkv_cache::add_layer(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml
         l.scale_mul  = hp.f_attn_out_scale;
     }
 
-    if (hp.has_rope(il) && hp.rope_type != LLAMA_ROPE_TYPE_NONE) {
-        if (hp.rope_type == LLAMA_ROPE_TYPE_NEOX) {
-            l.op.flags |= RKV_FLAG_ROPE_NEOX;
-        }
-        const rope_t r = {
-            (int32_t) hp.n_rot(il), model.get_rope_freq_base(*cparams, il), model.get_rope_freq_scale(*cparams, il),
-            model.get_rope_factors(*cparams, il), {},
-        };
-        auto it = std::find_if(ropes.begin(), ropes.end(), [&](const rope_t & o) {
-            return o.n_rot == r.n_rot && o.base == r.base && o.scale == r.scale && o.factors == r.factors;
-        });
-        if (it == ropes.end()) {
-            it = ropes.insert(ropes.end(), r);
-        }
-        l.rope           = it - ropes.begin();
-        l.op.n_rot       = r.n_rot;
-        l.op.rope_mscale = rkv_rope_mscale(r.scale, cparams->yarn_ext_factor, cparams->yarn_attn_factor);
-    }
     groups[l.group].layer = layers.size();
     layers.push_back(l);
 }
@@ -127,16 +138,15 @@ const std::vector<float> * rkv_cache::rope_table(const layer_t & layer) const {
     }
     auto & r = const_cast<rope_t &>(ropes[layer.rope]);
     if (r.table.empty()) {
-        std::vector<float> factors;
+        std::vector<float> factors(r.rope.n_rot/2, 1.0f);
         if (r.factors) {
-            factors.resize(r.n_rot/2);
             ggml_backend_tensor_get(r.factors, factors.data(), 0, factors.size()*sizeof(float));
         }
-        const rkv_rope rope = {
-            r.n_rot, (int32_t) cparams->n_ctx_orig_yarn, r.base, r.scale, cparams->yarn_ext_factor,
-            cparams->yarn_attn_factor, cparams->yarn_beta_fast, cparams->yarn_beta_slow,
-            factors.empty() ? nullptr : factors.data(),
-        };
+        for (const int32_t i : r.still) {
+            factors[i] = std::numeric_limits<float>::infinity();
+        }
+        rkv_rope rope = r.rope;
+        rope.freq_factors = factors.data();
         r.table = rkv_rope_table(rope, cparams->n_ctx_seq);
     }
     return &r.table;
@@ -167,7 +177,18 @@ void rkv_cache::reset_if_empty(uint32_t strm) {
 
 const llama_kv_cells & rkv_cache::cells(uint32_t strm) const { return kv.v_cells[strm]; }
 bool rkv_cache::v_transposed() const { return kv.v_trans; }
-const llama_hparams & rkv_cache::hparams() const { return model.hparams; }
+const llama_hparams & rkv_cache::hparams() const { return kv.hparams; }
+
+int32_t rkv_cache::owner(int32_t il) const {
+    const auto it = kv.map_layer_ids.find(il);
+    return it == kv.map_layer_ids.end() ? -1 : (int32_t) kv.layers[it->second].il;
+}
+
+void rkv_cache::refuse(const std::string & why) {
+    if (why_not.empty()) {
+        why_not = why;
+    }
+}
 
 int64_t rkv_cache::stream_of(llama_seq_id seq_id) const {
     return seq_id >= 0 && (uint32_t) seq_id < n_stream ? (int64_t) kv.seq_to_stream[seq_id] : -1;
@@ -254,6 +275,31 @@ bool rkv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     return true;
 }
 
+bool rkv_cache::window_reaches(const llama_kv_cache & window, llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        if (seq_id != -1 && stream_of(seq_id) != s) {
+            continue;
+        }
+        const llama_kv_cells & c = window.v_cells[s];
+        const llama_pos last = c.seq_pos_max(s);
+        if (p0 <= 0 || p0 > last || (p1 >= 0 && p1 <= last)) {
+            continue; // all of it, nothing, or a middle part: what comes next sees what it would have seen
+        }
+        llama_pos first = p0;
+        while (first > 0 && !llama_hparams::is_masked_swa(window.n_swa, window.swa_type, first - 1, p0)) {
+            --first;
+        }
+        llama_pos n = 0;
+        for (uint32_t i = 0; i < c.size(); ++i) {
+            n += !c.is_empty(i) && c.seq_has(i, s) && c.pos_get(i) >= first && c.pos_get(i) < p0;
+        }
+        if (n < p0 - first) {
+            return rkv_set_error("the attention window before position %d of sequence %u is gone: remove the whole sequence", p0, s);
+        }
+    }
+    return true;
+}
+
 bool rkv_cache::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos & p0, llama_pos & p1) {
     const int64_t s0 = stream_of(src), s1 = stream_of(dst);
     if (s0 < 0 || s1 < 0) {
@@ -320,6 +366,12 @@ void rkv_cache::refuse_state() const {
 // batches
 //
 
+static bool rkv_is_text(const llama_ubatch & ubatch, uint32_t i) {
+    const uint32_t n = ubatch.n_tokens;
+    return ubatch.pos[i] == ubatch.pos[n + i] && ubatch.pos[i] == ubatch.pos[2*n + i] &&
+        (i == 0 || ubatch.seq_id[i][0] != ubatch.seq_id[i - 1][0] || ubatch.pos[i] > ubatch.pos[i - 1]);
+}
+
 bool rkv_cache::make_room(const std::vector<llama_ubatch> & ubatches) {
     std::vector<uint32_t> n_new(n_stream, 0);
 
@@ -333,6 +385,11 @@ bool rkv_cache::make_room(const std::vector<llama_ubatch> & ubatches) {
             if (ubatch.pos[i] < 0 || (uint32_t) ubatch.pos[i] >= cparams->n_ctx_seq) {
                 LLAMA_LOG_ERROR("%s: position %d is outside the context of %u\n", __func__, ubatch.pos[i], cparams->n_ctx_seq);
                 return rkv_set_error("position %d is outside the context of %u tokens: raise n_ctx", ubatch.pos[i], cparams->n_ctx_seq);
+            }
+            // An image under M-RoPE: tokens that share a position, or lie in two dimensions.
+            if (ubatch.is_pos_2d() && ubatch.embd && !rkv_is_text(ubatch, i)) {
+                LLAMA_LOG_ERROR("%s: M-RoPE positions of an image are not supported in a cache with a budget\n", __func__);
+                return rkv_set_error("token %u has the positions of an image (M-RoPE): a cache with a budget takes text only", i);
             }
             n_new[stream_of(id)]++;
         }
@@ -396,7 +453,7 @@ rkv_stats rkv_cache::stats() const {
     st.active = true;
     st.cells  = n_cells();
     for (const auto & l : layers) {
-        st.bytes_kv += ggml_nbytes(l.k) + ggml_nbytes(l.v);
+        st.bytes_kv += ggml_nbytes(l.k) + (l.v ? ggml_nbytes(l.v) : 0);
         st.bytes    += ggml_nbytes(l.q) + ggml_nbytes(l.pos) + (l.aux ? ggml_nbytes(l.aux) : 0);
     }
     st.bytes          += st.bytes_kv;
@@ -406,6 +463,119 @@ rkv_stats rkv_cache::stats() const {
     return st;
 }
 
+bool rkv_cache::all_unrotatable() const {
+    return std::all_of(layers.begin(), layers.end(), [](const layer_t & l) { return l.unrotatable; });
+}
+
 bool rkv_cache::all_captured() const {
     return std::all_of(layers.begin(), layers.end(), [](const layer_t & l) { return l.captured; });
+}
+
+//
+// RoPE, as the graph applies it
+//
+
+namespace {
+
+struct rope_site {
+    const ggml_tensor * node = nullptr;
+    int64_t begin = 0;  // first rotated element of a head
+    bool    last  = true; // nothing but moving elements comes after it
+};
+
+// Back from the cached keys to where they are rotated.
+void find_rope(const ggml_tensor * t, const ggml_tensor * k_rot, int64_t n_embd, int64_t begin, bool last, rope_site & site) {
+    while (t) {
+        switch (t->op) {
+            case GGML_OP_ROPE:
+                if (site.node) {
+                    site.last = false; // two of them
+                    return;
+                }
+                site = { t, begin + t->op_params[15], last }; // ggml_rope_set_offset
+                return;
+            case GGML_OP_VIEW:
+                last = last && (t->ne[0] == t->src[0]->ne[0] || (t->view_offs == t->src[0]->view_offs && ggml_is_contiguous(t->src[0])));
+                t = t->src[0];
+                break;
+            case GGML_OP_RESHAPE: case GGML_OP_CONT: case GGML_OP_PERMUTE: case GGML_OP_TRANSPOSE: case GGML_OP_CPY: case GGML_OP_DUP:
+            case GGML_OP_REPEAT:
+                t = t->src[0];
+                break;
+            case GGML_OP_CONCAT:
+                find_rope(t->src[0], k_rot, n_embd, begin, last && t->op_params[0] == 0, site);
+                find_rope(t->src[1], k_rot, n_embd, begin + (t->op_params[0] == 0 ? t->src[0]->ne[0] : 0), last && t->op_params[0] == 0, site);
+                return;
+            case GGML_OP_MUL_MAT:
+                if (t->src[0] != k_rot) {
+                    return; // the projection
+                }
+                t = t->src[1];
+                break;
+            case GGML_OP_RMS_NORM: case GGML_OP_L2_NORM: // one factor per head leaves directions as they are
+                last = last && t->ne[0] == n_embd;
+                t = t->src[0];
+                break;
+            case GGML_OP_SCALE:
+                t = t->src[0];
+                break;
+            case GGML_OP_NORM: case GGML_OP_GROUP_NORM: case GGML_OP_MUL: case GGML_OP_DIV: case GGML_OP_ADD: case GGML_OP_SUB:
+            case GGML_OP_CLAMP: case GGML_OP_UNARY:
+                last = false;
+                t = t->src[0];
+                break;
+            default:
+                return;
+        }
+    }
+}
+
+} // namespace
+
+void rkv_cache::set_rope(layer_t & l, const ggml_tensor * k_cur, const ggml_tensor * k_rot) {
+    l.op.n_hadamard = k_rot ? (int32_t) k_rot->ne[0] : 0;
+    l.op.n_rot      = 0;
+    l.rope          = -1;
+
+    rope_site site;
+    find_rope(k_cur, k_rot, l.n_embd_k, 0, true, site);
+    l.unrotatable = k_cur && site.last;
+    if (!site.node) {
+        return;
+    }
+    rope_t r = {};
+    const int32_t * p = site.node->op_params; // as ggml_rope_impl writes them
+    const int32_t mode = p[2];
+    const auto number = [p](int i) { float x; memcpy(&x, p + i, sizeof(x)); return x; };
+    r.rope    = { p[1], p[4], number(5), number(6), number(7), number(8), number(9), number(10), nullptr };
+    r.factors = site.node->src[2];
+    if (mode == GGML_ROPE_TYPE_VISION || site.begin + r.rope.n_rot > l.n_embd_k) {
+        l.unrotatable = false;
+        return;
+    }
+    if (mode & GGML_ROPE_TYPE_MROPE) { // of a text token the first three positions are equal, the fourth is 0
+        const int32_t * sect = p + 11;
+        const int32_t   all  = sect[0] + sect[1] + sect[2] + sect[3];
+        for (int32_t i = 0; i < r.rope.n_rot/2 && all > 0; ++i) {
+            const int32_t s = i % all;
+            if (mode == GGML_ROPE_TYPE_IMROPE ? s >= 3*sect[s % 3] : s >= all - sect[3]) {
+                r.still.push_back(i);
+            }
+        }
+    }
+    const auto same = [&r](const rope_t & o) {
+        const rkv_rope & a = o.rope, & b = r.rope;
+        return a.n_rot == b.n_rot && a.n_ctx_orig == b.n_ctx_orig && a.freq_base == b.freq_base && a.freq_scale == b.freq_scale &&
+            a.ext_factor == b.ext_factor && a.attn_factor == b.attn_factor && a.beta_fast == b.beta_fast && a.beta_slow == b.beta_slow &&
+            o.factors == r.factors && o.still == r.still;
+    };
+    auto it = std::find_if(ropes.begin(), ropes.end(), same);
+    if (it == ropes.end()) {
+        it = ropes.insert(ropes.end(), r);
+    }
+    l.rope           = it - ropes.begin();
+    l.op.n_rot       = r.rope.n_rot;
+    l.op.rope_begin  = site.begin;
+    l.op.flags       = (l.op.flags & ~RKV_FLAG_ROPE_NEOX) | (mode == GGML_ROPE_TYPE_NORMAL ? 0 : RKV_FLAG_ROPE_NEOX);
+    l.op.rope_mscale = rkv_rope_mscale(r.rope.freq_scale, r.rope.ext_factor, r.rope.attn_factor);
 }

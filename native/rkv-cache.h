@@ -9,9 +9,11 @@
 #include "rkv.h"
 #include "rkv-generic.h"
 #include "rkv-ops.h"
+#include "rkv-rope.h"
 
 #include "ggml-cpp.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -19,6 +21,7 @@
 
 class  llama_kv_cache;
 class  llama_kv_cells;
+struct llama_memory_i;
 struct llama_context;
 struct llama_cparams;
 struct llama_hparams;
@@ -27,8 +30,12 @@ struct llama_ubatch;
 
 class rkv_cache {
 public:
+    // Which layers have cells here, and whose cells a layer reads that has none of its own (-1: none's).
+    using filter_cb = std::function<bool(int32_t il)>;
+    using reuse_cb  = std::function<int32_t(int32_t il)>;
+
     // nullptr unless a budget is pending on this thread (rkv_begin_init)
-    static std::unique_ptr<rkv_cache> create(llama_kv_cache & kv, uint32_t n_stream);
+    static std::unique_ptr<rkv_cache> create(llama_kv_cache & kv, uint32_t n_stream, const filter_cb & filter, const reuse_cb & reuse);
     ~rkv_cache();
 
     //
@@ -37,7 +44,7 @@ public:
 
     uint32_t n_cells()           const { return n_budget_max + n_extra; } // virtual rows
     uint32_t n_cells(int32_t il) const { return groups[group_of(il)].budget + n_extra; }
-    uint32_t offset (int32_t il) const { return groups[group_of(il)].off; }
+    uint32_t offset (int32_t il) const { return groups[group_of(owner(il))].off; }
 
     void add_layer(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml_tensor * v);
 
@@ -49,6 +56,8 @@ public:
     void clear();
 
     bool seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) const; // false: refused
+    // Would the tokens before p0 that a window of attention needs still be there? (stock drops them as it goes)
+    bool window_reaches(const llama_kv_cache & window, llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
     bool seq_cp  (llama_seq_id src, llama_seq_id dst, llama_pos & p0, llama_pos & p1); // false: refused
     bool seq_keep(llama_seq_id seq_id); // false: refused
     void copy_stream(uint32_t src, uint32_t dst);
@@ -71,6 +80,7 @@ public:
     bool compact_now(llama_seq_id seq_id);
     bool close_holes(uint32_t strm); // after it the rows of a sequence are contiguous; false: failed to compute
     bool all_captured() const;
+    bool all_unrotatable() const;
     bool check_devices(); // which layers take the generic path; false: a layer's device can run neither
     int32_t seq_used(llama_seq_id seq_id) const;
 
@@ -82,14 +92,18 @@ public:
     struct layer_t {
         uint32_t il;
         uint32_t group;
-        int32_t  n_head, n_head_kv;
+        int32_t  n_head, n_head_kv; // query heads of all layers that read these cells
+        int32_t  n_embd_k, n_embd_v; // of a head
+        std::vector<int32_t> readers; // layers that read these cells, this one first
         ggml_tensor * k;
-        ggml_tensor * v;
+        ggml_tensor * v;     // NULL: a part of k (MLA)
+        ggml_tensor * sinks; // F32 [n_head], or NULL
         ggml_tensor * q;   // F32 [n_embd_head_k*n_head, window + 1, n_stream], the last row takes what is not needed
         ggml_tensor * pos; // I32 [n_cells, n_head_kv, n_stream]
         ggml_tensor * aux; // F32 [n_aux, n_cells, n_head_kv, n_stream] or NULL
         rkv_op_params op;
         float    scale_mul = 1.0f; // attention scale beside the graph's kq_scale
+        bool     unrotatable = true; // RoPE is the last thing that happens to its keys
         int32_t  rope = -1; // index into ropes
         bool     captured = false;
         bool     generic  = false; // its device has no kernels for the pass
@@ -112,9 +126,12 @@ public:
 
     const layer_t * find_layer(int32_t il) const;
     layer_t       * find_layer(int32_t il);
+    int32_t   owner(int32_t il) const; // the layer whose cells `il` reads, -1 = none
+    void      set_rope(layer_t & layer, const ggml_tensor * k_cur, const ggml_tensor * k_rot); // from the graph
+    void      refuse(const std::string & why); // the first reason is reported by rkv_end_init()
+    const std::string & refusal() const { return why_not; }
     range_t   range(const layer_t & layer, uint32_t strm) const;
     uint64_t  window_slots(uint32_t strm) const;
-    rkv_op_params scorer_params(const layer_t & layer) const;
     const std::vector<float> * rope_table(const layer_t & layer) const;
     int64_t   stream_of(llama_seq_id seq_id) const; // -1 on a bad id
     const llama_kv_cells & cells(uint32_t strm) const;
@@ -127,7 +144,7 @@ public:
     std::vector<layer_t>  layers;
 
 private:
-    rkv_cache(llama_kv_cache & kv, uint32_t n_stream);
+    rkv_cache(llama_kv_cache & kv, uint32_t n_stream, const filter_cb & filter, const reuse_cb & reuse);
 
     bool compact(const std::vector<uint32_t> & strms);
     bool compact_some(const std::vector<uint32_t> & strms);
@@ -158,8 +175,16 @@ private:
     uint32_t n_start; // first row of a fresh sequence: the first that every group owns
     uint32_t n_extra; // rows behind the kept cells
 
-    struct rope_t { int32_t n_rot; float base, scale; const ggml_tensor * factors; std::vector<float> table; };
+    struct rope_t {
+        rkv_rope rope;
+        const ggml_tensor * factors;
+        std::vector<int32_t> still; // pairs that do not turn (M-RoPE's fourth section)
+        std::vector<float>   table;
+    };
     std::vector<rope_t> ropes;
+
+    std::map<int32_t, std::vector<int32_t>> readers; // by owner
+    std::string why_not;
 
     ggml_backend_ptr       backend_cpu; // of our own: no abort callback may stop a pass half-way
     ggml_backend_sched_ptr sched;
@@ -181,7 +206,7 @@ private:
 
 // throws std::runtime_error with the reason where a pending budget cannot be honoured
 void rkv_check_model (const llama_model & model, int ctx_type, const llama_cparams & cparams);
-void rkv_check_memory(const void * memory, bool is_plain_kv_cache); // after the cache was made
+void rkv_check_memory(llama_memory_i * memory); // after the cache was made; deletes what it refuses
 
 // the last error of this thread; printf-like, returns false
 #if defined(__GNUC__)

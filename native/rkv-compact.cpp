@@ -25,7 +25,7 @@ struct group_io {
 };
 
 // what the pass moves, as views [unit, n_cells, heads or head elements, n_stream]
-std::vector<ggml_tensor *> gathered(ggml_context * ctx, const rkv_cache::layer_t & l, const llama_hparams & hp, bool v_trans) {
+std::vector<ggml_tensor *> gathered(ggml_context * ctx, const rkv_cache::layer_t & l, bool v_trans) {
     const auto by_head = [&](ggml_tensor * t, int64_t n_embd_head) {
         return ggml_view_4d(ctx, t, n_embd_head, t->ne[1], l.n_head_kv, t->ne[2],
             t->nb[1], ggml_row_size(t->type, n_embd_head), t->nb[2], 0);
@@ -35,8 +35,10 @@ std::vector<ggml_tensor *> gathered(ggml_context * ctx, const rkv_cache::layer_t
         const size_t el = ggml_type_size(t->type);
         return ggml_view_4d(ctx, t, 1, n_cells, n_line, t->ne[2], el, el*n_cells, t->nb[2], 0);
     };
-    std::vector<ggml_tensor *> views = { by_head(l.k, hp.n_embd_head_k(l.il)) };
-    views.push_back(v_trans ? transposed(l.v, hp.n_embd_v_gqa(l.il), l.v->ne[1]) : by_head(l.v, hp.n_embd_head_v(l.il)));
+    std::vector<ggml_tensor *> views = { by_head(l.k, l.n_embd_k) };
+    if (l.v) {
+        views.push_back(v_trans ? transposed(l.v, (int64_t) l.n_embd_v*l.n_head_kv, l.v->ne[1]) : by_head(l.v, l.n_embd_v));
+    }
     views.push_back(transposed(l.pos, l.n_head_kv, l.pos->ne[0]));
     if (l.aux) {
         views.push_back(l.aux);
@@ -45,17 +47,6 @@ std::vector<ggml_tensor *> gathered(ggml_context * ctx, const rkv_cache::layer_t
 }
 
 } // namespace
-
-rkv_op_params rkv_cache::scorer_params(const layer_t & layer) const {
-    rkv_op_params op = layer.op;
-    if (kv.attn_rot_k) {
-        op.n_hadamard = 64; // as llama_kv_cache::build_input_k_rot chooses it
-        while (kv.n_embd_head_k_all % (2*op.n_hadamard) == 0) {
-            op.n_hadamard *= 2;
-        }
-    }
-    return op;
-}
 
 ggml_backend_t rkv_cache::backend_of(const ggml_tensor * t) const {
     const auto buft = ggml_backend_buffer_get_type(t->buffer);
@@ -96,24 +87,25 @@ bool rkv_cache::init_backends() {
 // The steps of a pass over one layer, in their order: positions, score, select, and a gather for all that moves.
 std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer_t & l, ggml_tensor * new_pos, ggml_tensor * jobs,
         ggml_tensor * rope) const {
-    const rkv_op_params op = scorer_params(l);
+    const rkv_op_params op = l.op;
     ggml_tensor * pos   = ggml_rkv_positions(ctx, l.pos, new_pos, jobs, &op);
     ggml_tensor * score = ggml_rkv_score    (ctx, l.k, l.q, jobs, pos, l.aux, rope, &op);
+    ggml_rkv_score_add_sinks(score, l.sinks);
     ggml_tensor * idx   = ggml_rkv_select   (ctx, score, jobs, groups[l.group].budget, &op);
 
     std::vector<ggml_tensor *> nodes = { pos, score, idx };
-    for (ggml_tensor * view : gathered(ctx, l, hparams(), v_transposed())) {
+    for (ggml_tensor * view : gathered(ctx, l, v_transposed())) {
         nodes.push_back(ggml_rkv_compact(ctx, view, idx, jobs, &op));
     }
     return nodes;
 }
 
 rkv_generic_layer rkv_cache::generic_layer(const layer_t & l) const {
-    return { l.k, l.q, l.pos, l.aux, params.policy == RKV_POLICY_LATEST ? rope_table(l) : nullptr, scorer_params(l) };
+    return { l.k, l.q, l.pos, l.aux, params.policy == RKV_POLICY_LATEST ? rope_table(l) : nullptr, l.op, l.sinks };
 }
 
 rkv_generic::views rkv_cache::generic_views(const layer_t & l) const {
-    return [this, &l](ggml_context * ctx) { return gathered(ctx, l, hparams(), v_transposed()); };
+    return [this, &l](ggml_context * ctx) { return gathered(ctx, l, v_transposed()); };
 }
 
 void rkv_cache::place(ggml_backend_sched_t sched, ggml_cgraph * gf) const {
@@ -393,7 +385,7 @@ bool rkv_cache::close_holes(uint32_t strm) {
             }
             continue;
         }
-        for (ggml_tensor * view : gathered(ctx.get(), l, hparams(), v_transposed())) {
+        for (ggml_tensor * view : gathered(ctx.get(), l, v_transposed())) {
             ggml_build_forward_expand(gf, ggml_rkv_compact(ctx.get(), view, rows, jobs, &l.op));
         }
     }

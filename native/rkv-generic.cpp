@@ -12,7 +12,9 @@ bool rkv_generic_forced() {
 }
 
 bool rkv_has_kernel(ggml_backend_dev_t dev, const ggml_tensor * node) {
-    return !rkv_generic_forced() && strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") != 0 &&
+    const auto & par = *(const rkv_op_params *) node->op_params;
+    const bool rare = par.sub_op == RKV_SUB_OP_SCORE && (node->src[6] || (node->src[5] && par.rope_begin > 0));
+    return (!rare || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) && !rkv_generic_forced() && strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") != 0 &&
         ggml_backend_dev_supports_op(dev, node);
 }
 
@@ -220,6 +222,7 @@ struct scorer {
 
     // inputs
     ggml_tensor * queries = nullptr; // [n_embd, n_group*n_query, n_head]
+    ggml_tensor * sinks = nullptr;   // [1, n_query, n_head], or none
     ggml_tensor * off_diagonal = nullptr, * newness = nullptr, * least = nullptr; // rkv
     ggml_tensor * not_later = nullptr, * none = nullptr, * column = nullptr, * hadamard = nullptr, * rope = nullptr, * at_lo = nullptr, * at_hi = nullptr; // latest
     ggml_tensor * aux_cur = layer.aux;
@@ -312,7 +315,13 @@ struct scorer {
 
         ggml_tensor * lo = ggml_get_rows(g(), rope, ggml_view_1d(g(), at_lo, m, h*n*f));
         ggml_tensor * hi = ggml_get_rows(g(), rope, ggml_view_1d(g(), at_hi, m, h*n*f));
-        const auto halves = [&](ggml_tensor * t, int i) { return ggml_cont(g(), ggml_view_2d(g(), t, half, m, t->nb[1], i*half*f)); };
+        const auto columns = [&](ggml_tensor * t, int64_t first, int64_t n) { return ggml_cont(g(), ggml_view_2d(g(), t, n, m, t->nb[1], first*f)); };
+        const auto halves = [&](ggml_tensor * t, int i) { return columns(t, i*half, half); };
+        const int64_t tail = n_embd - par.rope_begin - par.n_rot;
+        ggml_tensor * whole = x;
+        if (par.rope_begin > 0) {
+            x = columns(x, par.rope_begin, par.n_rot);
+        }
         ggml_tensor * c0 = halves(lo, 0), * s0 = halves(lo, 1), * c1 = halves(hi, 0), * s1 = halves(hi, 1);
         ggml_tensor * c = ggml_sub(g(), ggml_mul(g(), c0, c1), ggml_mul(g(), s0, s1));
         ggml_tensor * s = ggml_add(g(), ggml_mul(g(), s0, c1), ggml_mul(g(), c0, s1));
@@ -332,8 +341,11 @@ struct scorer {
         ggml_tensor * y0 = ggml_add(g(), ggml_mul(g(), x0, c), ggml_mul(g(), x1, s));
         ggml_tensor * y1 = ggml_sub(g(), ggml_mul(g(), x1, c), ggml_mul(g(), x0, s));
         ggml_tensor * y  = ggml_concat(g(), y0, y1, 0);
-        if (par.n_rot < n_embd) {
-            y = ggml_concat(g(), y, ggml_cont(g(), ggml_view_2d(g(), x, n_embd - par.n_rot, m, x->nb[1], par.n_rot*f)), 0);
+        if (par.rope_begin > 0) {
+            y = ggml_concat(g(), y, columns(whole, 0, par.rope_begin), 0);
+        }
+        if (tail > 0) {
+            y = ggml_concat(g(), y, columns(whole, n_embd - tail, tail), 0);
         }
         return ggml_reshape_3d(g(), y, n_embd, n, nh);
     }
@@ -360,7 +372,14 @@ struct scorer {
         } else {
             x = ggml_scale(g(), x, par.scale);
         }
+        if (sinks) { // one key more, of every query
+            x = ggml_concat(g(), ggml_reshape_3d(g(), x, n_cand, n_query, nh),
+                ggml_view_3d(g(), sinks, 1, n_query, nh, sinks->nb[1], sinks->nb[2], h*sinks->nb[2]), 0);
+        }
         x = ggml_soft_max(g(), x);
+        if (sinks) {
+            x = ggml_cont(g(), ggml_view_3d(g(), x, n_cand, n_query, nh, x->nb[1], x->nb[2], 0));
+        }
         x = ggml_pool_2d(g(), x, GGML_OP_POOL_AVG, 1, n_query, 1, n_query, 0, 0);
         const int reach = par.pool/2;
         x = reach ? ggml_pool_2d(g(), x, GGML_OP_POOL_MAX, 2*reach + 1, 1, 1, 1, reach, 0) : x;
@@ -463,6 +482,14 @@ struct scorer {
             q = ggml_get_rows(g(), q, g.input(GGML_TYPE_I32, slots, n_query));
             q = ggml_cont(g(), ggml_permute(g(), ggml_reshape_4d(g(), q, n_embd, n_group, n_head, n_query), 0, 1, 3, 2));
             queries = ggml_reshape_3d(g(), q, n_embd, n_group*n_query, n_head);
+            if (layer.sinks) { // the group's largest, as with the logits
+                std::vector<float> all(n_group*n_head), top(n_query*n_head);
+                ggml_backend_tensor_get(layer.sinks, all.data(), 0, all.size()*sizeof(float));
+                for (size_t i = 0; i < top.size(); ++i) {
+                    top[i] = *std::max_element(all.begin() + i/n_query*n_group, all.begin() + (i/n_query + 1)*n_group);
+                }
+                sinks = g.input(GGML_TYPE_F32, top, 1, n_query, n_head);
+            }
         }
         if (par.policy == RKV_POLICY_RKV) {
             // row n + j - i of column r: 0 on the diagonal of the block that starts at i
@@ -561,7 +588,7 @@ struct scorer {
 
     size_t n_nodes() const {
         const size_t n_chunk = (n_head + heads_at_once() - 1)/heads_at_once();
-        return n_chunk*(160 + (28 + 14*par.n_sim)*(n/BLOCK + 3));
+        return n_chunk*(176 + (28 + 14*par.n_sim)*(n/BLOCK + 3));
     }
 };
 
@@ -705,6 +732,7 @@ bool rkv_generic::pass(ggml_backend_t home, const rkv_generic_layer & layer, con
     } else {
         ggml_tensor * rope = latest && layer.rope ? g.input(GGML_TYPE_F32, *layer.rope, layer.op.n_rot, layer.rope->size()/layer.op.n_rot) : nullptr;
         z = ggml_rkv_score(g(), layer.k, layer.q, jobs, layer.pos, layer.aux, rope, &layer.op);
+        ggml_rkv_score_add_sinks(z, layer.sinks);
         z = rkv_has_kernel(dev, z) ? z : scorer { g, layer, job, split, std::move(pos) }.build();
     }
     ggml_set_output(z->view_src ? z->view_src : z);

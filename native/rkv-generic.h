@@ -20,7 +20,7 @@ constexpr size_t RKV_GENERIC_TEMP = 64u << 20;
 bool rkv_generic_forced();
 
 // Does the device run this GGML_OP_RKV node itself? An RPC device claims to run everything without asking its server,
-// which may be another build: it never gets one.
+// which may be another build: it never gets one. Only the CPU's kernel knows sinks and keys rotated at their end.
 bool rkv_has_kernel(ggml_backend_dev_t dev, const ggml_tensor * node);
 
 struct rkv_generic_layer {
@@ -30,6 +30,7 @@ struct rkv_generic_layer {
     ggml_tensor * aux;                // or NULL
     const std::vector<float> * rope;  // the table, or NULL
     rkv_op_params op;
+    ggml_tensor * sinks = nullptr;    // F32 [n_head], or NULL
 };
 
 // what a test wants to see

@@ -2,6 +2,7 @@
 
 #include "rkv-cache.h"
 #include "rkv-init.h"
+#include "rkv-memory.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -117,7 +118,7 @@ bool rkv_params_check(const rkv_params * params) {
 // models
 //
 
-[[noreturn]] static void refuse(const std::string & why) {
+void rkv_refuse(const std::string & why) {
     throw std::runtime_error("a KV budget is not supported here: " + why);
 }
 
@@ -130,30 +131,24 @@ void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparam
     }
     const llama_hparams & hp = model.hparams;
 
-    if (llm_arch_is_recurrent(model.arch))          { refuse("the model is recurrent and has no KV cache"); }
-    if (llm_arch_is_hybrid(model.arch))             { refuse("the model is a hybrid of attention and recurrent layers"); }
-    if (hp.swa_type != LLAMA_SWA_TYPE_NONE)         { refuse("the model has sliding-window attention"); }
-    if (hp.is_mla())                                { refuse("the model has multi-head latent attention (MLA)"); }
-    if (hp.use_alibi)                               { refuse("the model has ALiBi position biases"); }
-    if (hp.n_pos_per_embd() > 1)                    { refuse("the model has multi-dimensional positions (M-RoPE)"); }
-    if (hp.ple_n_heads > 0)                         { refuse("the model reads earlier tokens from its cache (n-gram embeddings)"); }
-    if (llama_model_has_encoder(&model))            { refuse("the model has an encoder"); }
-    if (!cparams.causal_attn)                       { refuse("the attention is not causal"); }
-    if (cparams.embeddings)                         { refuse("the context computes embeddings"); }
-    if (ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT)     { refuse("the context is for a draft head (MTP)"); }
-    if (cparams.ctx_other)                          { refuse("the context shares another context's cache"); }
+    if (llm_arch_is_recurrent(model.arch))          { rkv_refuse("the model is recurrent and has no KV cache"); }
+    if (model.arch == LLM_ARCH_DEEPSEEK4)           { rkv_refuse("the model attends to compressed keys (DeepSeek V4)"); }
+    if (hp.use_alibi)                               { rkv_refuse("the model has ALiBi position biases"); }
+    if (hp.ple_n_heads > 0)                         { rkv_refuse("the model reads earlier tokens from its cache (n-gram embeddings)"); }
+    if (llama_model_has_encoder(&model))            { rkv_refuse("the model has an encoder"); }
+    if (!cparams.causal_attn)                       { rkv_refuse("the attention is not causal"); }
+    if (cparams.embeddings)                         { rkv_refuse("the context computes embeddings"); }
+    if (ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT)     { rkv_refuse("the context is for a draft head (MTP)"); }
+    if (cparams.ctx_other)                          { rkv_refuse("the context shares another context's cache"); }
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR || model.split_mode() == LLAMA_SPLIT_MODE_ROW) {
-        refuse("the model is split over devices by rows or tensors: use split mode layer");
+        rkv_refuse("the model is split over devices by rows or tensors: use split mode layer");
     }
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
-        refuse("the sequences share one cache: set kv_unified to false");
-    }
-    if (hp.rope_type != LLAMA_ROPE_TYPE_NONE && hp.rope_type != LLAMA_ROPE_TYPE_NORM && hp.rope_type != LLAMA_ROPE_TYPE_NEOX) {
-        refuse("the model's kind of RoPE is unknown");
+        rkv_refuse("the sequences share one cache: set kv_unified to false");
     }
 
     if (!pending->layer_budgets.empty() && pending->layer_budgets.size() != hp.n_layer()) {
-        refuse("there are " + std::to_string(pending->layer_budgets.size()) + " layer budgets for " +
+        rkv_refuse("there are " + std::to_string(pending->layer_budgets.size()) + " layer budgets for " +
             std::to_string(hp.n_layer()) + " layers");
     }
     if (pending->params.n_batch_seq == 0) {
@@ -163,17 +158,11 @@ void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparam
     pending->cparams = &cparams;
 }
 
-void rkv_check_memory(const void * memory, bool is_plain_kv_cache) {
-    if (pending && !(memory && is_plain_kv_cache && pending->taken)) {
-        refuse("the model's kind of cache has no eviction yet");
-    }
-}
-
 rkv_cache * rkv_cache_of(const llama_context * ctx) {
     if (!ctx) {
         return nullptr;
     }
-    auto * kv = dynamic_cast<llama_kv_cache *>(ctx->get_memory());
+    const llama_kv_cache * kv = rkv_attention_cache(ctx->get_memory());
     return kv ? kv->rkv.get() : nullptr;
 }
 
@@ -211,9 +200,15 @@ bool rkv_end_init() {
     if (!done->taken) {
         return rkv_set_error("no context was created");
     }
+    if (!done->cache->refusal().empty()) {
+        return rkv_set_error("a KV budget is not supported here: %s", done->cache->refusal().c_str());
+    }
     if (!done->cache->all_captured()) {
         return rkv_set_error("a KV budget is not supported here: the model's attention does not pass through the one place "
             "where queries can be seen");
+    }
+    if (done->params.policy == RKV_POLICY_LATEST && !done->cache->all_unrotatable()) {
+        return rkv_set_error("the policy latest is not supported here: the model changes its keys after RoPE, which cannot be undone");
     }
     return done->cache->check_devices();
 }

@@ -6,6 +6,7 @@
 #include "rkv-rope.h"
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 struct llama_cparams;
@@ -29,6 +30,8 @@ rkv_pending * rkv_pending_get(); // NULL where none is pending
 
 // the budget of a context's cache, NULL where there is none
 rkv_cache * rkv_cache_of(const llama_context * ctx);
+
+[[noreturn]] void rkv_refuse(const std::string & why); // throws std::runtime_error
 
 // called where llama_init_from_model catches an exception
 void rkv_init_failed(const char * why);

@@ -40,6 +40,10 @@ ggml_tensor * ggml_rkv_score(ggml_context * ctx, ggml_tensor * k, ggml_tensor * 
     return node;
 }
 
+void ggml_rkv_score_add_sinks(ggml_tensor * score, ggml_tensor * sinks) {
+    score->src[6] = sinks;
+}
+
 ggml_tensor * ggml_rkv_select(ggml_context * ctx, ggml_tensor * score, ggml_tensor * jobs, int64_t n_keep_max,
         const rkv_op_params * par) {
     GGML_ASSERT(score->type == GGML_TYPE_F32 && score->ne[2] == jobs->ne[1]);

@@ -62,7 +62,7 @@ struct rkv_op_params {
     float   scale;       // attention scale
     float   softcap;     // 0 = none
     float   rope_mscale; // what RoPE multiplies the rotated share by
-    int32_t pad;
+    int32_t rope_begin;  // first rotated element of a head (behind the latent part of an MLA key)
 };
 
 // The RoPE table is F32 [n_rot, RKV_ROPE_LO + n_hi]: cos then sin of pos*freq for pos 0..LO-1, then for LO*0, LO*1, ..
@@ -78,6 +78,9 @@ struct ggml_tensor * ggml_rkv_positions(struct ggml_context * ctx, struct ggml_t
 struct ggml_tensor * ggml_rkv_score(struct ggml_context * ctx, struct ggml_tensor * k, struct ggml_tensor * q,
         struct ggml_tensor * jobs, struct ggml_tensor * pos, struct ggml_tensor * aux, struct ggml_tensor * rope,
         const struct rkv_op_params * par);
+
+// attention sinks, F32 [n_head]: a key of every query's softmax that is no cell (NULL: none)
+void ggml_rkv_score_add_sinks(struct ggml_tensor * score, struct ggml_tensor * sinks);
 
 // -> I32 [n_keep_max, n_head_kv, n_jobs]
 struct ggml_tensor * ggml_rkv_select(struct ggml_context * ctx, struct ggml_tensor * score, struct ggml_tensor * jobs,
@@ -100,7 +103,8 @@ static inline bool rkv_score_is_sane(const struct ggml_tensor * op, const struct
         q->nb[0] == sizeof(float) && q->ne[0] % k->ne[0] == 0 &&
         par->window >= 0 && par->window <= RKV_MAX_WINDOW && q->ne[1] >= par->window &&
         (par->n_hadamard == 0 || (n_embd % par->n_hadamard == 0 && (par->n_hadamard & (par->n_hadamard - 1)) == 0)) &&
-        par->n_rot >= 0 && par->n_rot <= n_embd && par->n_rot % 2 == 0 &&
+        par->n_rot >= 0 && par->n_rot % 2 == 0 && par->rope_begin >= 0 && par->rope_begin + par->n_rot <= n_embd &&
+        (!op->src[6] || (op->src[6]->type == GGML_TYPE_F32 && op->src[6]->ne[0]*n_embd == q->ne[0])) &&
         (!op->src[4] || (par->n_sim >= 1 && par->n_sim <= RKV_MAX_AUX && op->src[4]->ne[0] >= par->n_sim));
 }
 

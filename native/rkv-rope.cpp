@@ -22,7 +22,7 @@ std::vector<float> rkv_rope_table(const rkv_rope & rope, uint32_t n_pos) {
         const double plain = std::pow(theta_scale, i) / (rope.freq_factors ? rope.freq_factors[i] : 1.0f);
         // share of the unscaled frequency (YaRN's "NTK-by-parts" ramp)
         const double ramp = std::clamp((i - corr[0]) / std::max(0.001f, corr[1] - corr[0]), 0.0f, 1.0f);
-        const double mix  = (1.0 - ramp)*rope.ext_factor;
+        const double mix  = rope.ext_factor == 0.0f ? 0.0 : (1.0 - ramp)*rope.ext_factor;
         freq[i] = plain*(rope.freq_scale*(1.0 - mix) + mix);
     }
 

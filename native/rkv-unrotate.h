@@ -40,6 +40,7 @@ static inline void rkv_undo_rotation(const rkv_op_params & par, float * x, int n
     const float * hi   = rope + (RKV_ROPE_LO + pos/RKV_ROPE_LO)*rope_row;
     const bool    neox = par.flags & RKV_FLAG_ROPE_NEOX;
     const float   unit = 1.0f/par.rope_mscale;
+    x += par.rope_begin;
     for (int i = 0; i < half; ++i) {
         const float c = lo[i]*hi[i] - lo[half + i]*hi[half + i];
         const float s = lo[half + i]*hi[i] + lo[i]*hi[half + i];

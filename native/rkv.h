@@ -113,10 +113,28 @@ LLAMA_API int32_t rkv_get_values   (struct llama_context * ctx, llama_seq_id seq
         float * dst, size_t n_max);                         // [n, n_embd_head_v]
 LLAMA_API int32_t rkv_get_scores   (struct llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head,
         int32_t slot, float * dst, size_t n_max);           // [n] stored float `slot` (0..3) of each cell
-// The observation window's queries, oldest first: [n, n_head, n_embd_head_k], as dotted with the cached keys.
+// The observation window's queries, oldest first: [n, n_head, n_embd_head_k], as dotted with the cached keys; n_head as in
+// rkv_layer.
 LLAMA_API int32_t rkv_get_queries  (struct llama_context * ctx, llama_seq_id seq_id, int32_t layer,
         float * dst, size_t n_max);
 LLAMA_API float   rkv_get_attn_scale(const struct llama_context * ctx, int32_t layer); // 0 on a bad layer
+
+struct rkv_layer {
+    int32_t n_head;        // query heads that read these cells; of n_readers layers, KV head by KV head
+    int32_t n_readers;     // layers that read them: 1, or more where layers share a cache
+    int32_t n_head_kv;
+    int32_t n_embd_head_k;
+    int32_t n_embd_head_v;
+    int32_t n_rot;         // rotated elements of a key, 0 = no RoPE
+    int32_t rope_begin;    // the first of them
+    uint32_t budget;
+    float   scale, softcap;
+    bool    has_sinks;     // attention sinks take part in the importance
+    bool    v_in_k;        // MLA: V is the first elements of K
+    bool    unrotatable;   // RoPE can be undone (rkv_get_keys_unrotated, policy latest)
+};
+// false: a layer without cells under the budget (recurrent, windowed, or reading another layer's), or a bad index
+LLAMA_API bool rkv_get_layer(const struct llama_context * ctx, int32_t layer, struct rkv_layer * dst);
 
 // The selection by itself, on the CPU reference kernels, for one layer and one sequence: which rows are kept.
 struct rkv_select_args {

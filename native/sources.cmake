@@ -6,10 +6,11 @@ set(RKV_LLAMA_SOURCES
     rkv-generic.cpp
     rkv-graph.cpp
     rkv-init.cpp
-    rkv-usage.cpp
+    rkv-memory.cpp
     rkv-ops.cpp
     rkv-rope.cpp
     rkv-select.cpp
+    rkv-usage.cpp
 )
 set(RKV_GGML_CPU_SOURCES
     cpu/policy-latest.cpp

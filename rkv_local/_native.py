@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ._structs import (
     RKV_VERSION,
+    RkvLayer,
     RkvMemory,
     RkvParams,
     RkvSelectArgs,
@@ -249,19 +250,17 @@ def kept_positions(ctx: Any, layer: int, head: int, seq: int = 0) -> Ints:
 
 def keys(ctx: Any, layer: int, head: int, seq: int = 0) -> Floats:
     """Keys as cached, after RoPE, dequantised: float32 [n, n_embd_head_k]."""
-    return _rows(library().rkv_get_keys, (ctx, seq, layer, head), lambda s: (s.n_embd_head_k[layer],))
+    return _rows(library().rkv_get_keys, (ctx, seq, layer, head), lambda s: (s.n_embd_head_k,))
 
 
 def keys_unrotated(ctx: Any, layer: int, head: int, seq: int = 0) -> Floats:
     """Keys with RoPE, and the rotation of quantised caches, undone: float32 [n, n_embd_head_k]."""
-    return _rows(
-        library().rkv_get_keys_unrotated, (ctx, seq, layer, head), lambda s: (s.n_embd_head_k[layer],)
-    )
+    return _rows(library().rkv_get_keys_unrotated, (ctx, seq, layer, head), lambda s: (s.n_embd_head_k,))
 
 
 def values(ctx: Any, layer: int, head: int, seq: int = 0) -> Floats:
     """Values: float32 [n, n_embd_head_v]."""
-    return _rows(library().rkv_get_values, (ctx, seq, layer, head), lambda s: (s.n_embd_head_v[layer],))
+    return _rows(library().rkv_get_values, (ctx, seq, layer, head), lambda s: (s.n_embd_head_v,))
 
 
 def scores(ctx: Any, layer: int, head: int, slot: int, seq: int = 0) -> Floats:
@@ -271,9 +270,15 @@ def scores(ctx: Any, layer: int, head: int, slot: int, seq: int = 0) -> Floats:
 
 def queries(ctx: Any, layer: int, seq: int = 0) -> Floats:
     """The window's queries, oldest first: float32 [n, n_head, n_embd_head_k], n up to the window."""
-    return _rows(
-        library().rkv_get_queries, (ctx, seq, layer), lambda s: (s.n_head[layer], s.n_embd_head_k[layer])
-    )
+    return _rows(library().rkv_get_queries, (ctx, seq, layer), lambda s: (s.n_head, s.n_embd_head_k))
+
+
+def layer_of(ctx: Any, layer: int) -> RkvLayer:
+    """Heads, sizes and budget of a layer. Raises IndexError where it has no cells under a budget."""
+    out = RkvLayer()
+    if not library().rkv_get_layer(ctx, layer, ctypes.byref(out)):
+        raise IndexError(last_error())
+    return out
 
 
 def attn_scale(ctx: Any, layer: int) -> float:
@@ -374,9 +379,9 @@ def _select_args(k: Floats, pos: npt.ArrayLike | None, rope: Rope | None) -> tup
     return args, keep
 
 
-def _rows(get: Any, where: tuple[Any, ...], row: Callable[[ModelShape], tuple[int, ...]]) -> Floats:
+def _rows(get: Any, where: tuple[Any, ...], row: Callable[[RkvLayer], tuple[int, ...]]) -> Floats:
     n = _count(get(*where, None, 0))
-    out = np.empty((n, *row(shape_of(where[0]))), np.float32)
+    out = np.empty((n, *row(layer_of(where[0], where[2]))), np.float32)
     _count(get(*where, _floats(out), n))
     return out
 

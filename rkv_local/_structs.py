@@ -61,6 +61,26 @@ class RkvMemory(ctypes.Structure):
     ]
 
 
+class RkvLayer(ctypes.Structure):
+    """struct rkv_layer."""
+
+    _fields_ = [
+        ("n_head", ctypes.c_int32),
+        ("n_readers", ctypes.c_int32),
+        ("n_head_kv", ctypes.c_int32),
+        ("n_embd_head_k", ctypes.c_int32),
+        ("n_embd_head_v", ctypes.c_int32),
+        ("n_rot", ctypes.c_int32),
+        ("rope_begin", ctypes.c_int32),
+        ("budget", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("has_sinks", ctypes.c_bool),
+        ("v_in_k", ctypes.c_bool),
+        ("unrotatable", ctypes.c_bool),
+    ]
+
+
 class RkvSelectArgs(ctypes.Structure):
     """struct rkv_select_args."""
 
@@ -118,6 +138,7 @@ def signatures(low: Any) -> dict[str, tuple[list[Any], Any]]:
         "rkv_get_scores": ([*cell, i32, float_p, size], i32),
         "rkv_get_queries": ([ctx, i32, i32, float_p, size], i32),
         "rkv_get_attn_scale": ([ctx, i32], ctypes.c_float),
+        "rkv_get_layer": ([ctx, i32, ctypes.POINTER(RkvLayer)], ctypes.c_bool),
         "rkv_select": ([args_p, int_p, float_p], i32),
         "rkv_unrotate": ([args_p, float_p], i32),
     }

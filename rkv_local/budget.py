@@ -191,6 +191,9 @@ class KVBudget:
     ) -> int:
         """Bytes that a context allocates for K, V, query rings, positions and stored scores; rkv_stats.bytes.
 
+        Of a model whose every layer attends to everything; one with windowed, recurrent or shared layers
+        needs less under the budget, and what llama.cpp gives those layers beside it.
+
         Args:
             model: a ModelShape, a loaded Llama, or the path of a GGUF file (only its header is read).
             n_seq: sequences, each with a cache of its own (n_seq_max).

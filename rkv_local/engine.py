@@ -158,6 +158,8 @@ class Llama(llama_cpp.Llama):
         self.kv, self.n_seq_max, self._active = made.kv, made.n_seq_max, made.active
         self._n_ctx = made.n_ctx
         self._recorder: Recorder | None = None
+        if made.active and stock.get("swa_full") is None:
+            stock["swa_full"] = False  # llama.cpp's default is a window cache of n_ctx cells
         pending = _native.pending_budget(made.kv, made.n_layer) if made.kv and made.active else nullcontext()
         try:
             with pending:

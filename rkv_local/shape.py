@@ -120,6 +120,8 @@ class ModelShape:
             default = (0,) * n_layer
         d_k = _per_layer(metadata, f"{arch}.attention.key_length", n_layer, default)
         d_v = _per_layer(metadata, f"{arch}.attention.value_length", n_layer, default)
+        if int(metadata.get(f"{arch}.attention.value_length_mla", 0)) > 0:
+            d_v = (0,) * n_layer  # the latent K is all that is cached
         return cls(n_layer, n_head, n_head_kv, d_k, d_v)
 
 

@@ -68,6 +68,7 @@ static void forward_score(const ggml_compute_params * params, ggml_tensor * dst)
     const ggml_tensor * pos  = dst->src[3];
     const ggml_tensor * aux  = dst->src[4];
     const ggml_tensor * rope = dst->src[5];
+    const ggml_tensor * sinks = dst->src[6];
 
     const rkv_op_params par = params_of(dst);
     rkv_scorer s = scorer_of(dst, par, { params->ith, params->nth, params->threadpool });
@@ -92,6 +93,7 @@ static void forward_score(const ggml_compute_params * params, ggml_tensor * dst)
             s.rope     = (const float *) rope->data;
             s.rope_row = rope->nb[1]/sizeof(float);
         }
+        s.sinks   = sinks ? (const float *) sinks->data : nullptr;
         s.n_query = 0;
         const uint64_t slots = (uint32_t) job[RKV_JOB_QUERY_LO] | (uint64_t) (uint32_t) job[RKV_JOB_QUERY_HI] << 32;
         for (int slot = 0; slot < par.window; ++slot) {

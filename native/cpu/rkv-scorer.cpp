@@ -211,9 +211,14 @@ void rkv_scorer::importance(float * I) {
                 x[j] = par.softcap*std::tanh(x[j]/par.softcap);
             }
         }
+        float sink = -INFINITY; // the group's largest, as with the logits
+        for (int g = 0; sinks && g < n_group; ++g) {
+            sink = std::max(sink, sinks[it/n_query*n_group + g]);
+        }
         float top = -INFINITY;
         ggml_vec_max_f32(n_cand, &top, x);
-        const double total = ggml_vec_soft_max_f32(n_cand, x, x, top);
+        top = std::max(top, sink);
+        const double total = ggml_vec_soft_max_f32(n_cand, x, x, top) + std::exp(sink - top);
         ggml_vec_scale_f32(n_cand, x, (float) (1.0/total));
     }
     team.barrier();

@@ -43,6 +43,7 @@ struct rkv_scorer {
     size_t       k_head = 0, k_cell = 0;
     int          k_type = 0;
     const float * query[RKV_MAX_WINDOW] = {}; // [n_embd_head_k*n_head] each
+    const float * sinks = nullptr; // [n_head], or none
     const int32_t * pos = nullptr; size_t pos_head = 0; // true positions; stride between heads in elements
     float * aux = nullptr;         size_t aux_head = 0; // n_aux floats per cell
     int     n_aux = 0;

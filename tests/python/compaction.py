@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,36 +18,43 @@ def compact_and_check(
     seq: int = 0,
     rel: float = 1e-5,
     tally: ref.Tally | None = None,
+    sinks: Mapping[int, np.ndarray] | None = None,
+    rotated: bool | None = None,
 ) -> list[int]:
     """Dump K, V, Q and positions, compact, compare what is kept; kept cells must be the same bits as before.
 
-    n_old: cells of each layer that went through a compaction before. Returns the cells that each holds now.
+    n_old: cells of each layer with a budget that went through a compaction before. Returns the cells that
+    each holds now. sinks: of each layer, [n_head]; rotated: what is cached went through the Hadamard rotation
+    (None: as the type says).
     """
-    options, model = context.options, context.model
-    spec, layers = options.spec, range(model.n_layer)
-    budgets = options.layer_budgets or [spec.budget] * model.n_layer
+    options = context.options
+    spec, layers = options.spec, list(context.layers)
+    if rotated is None:
+        rotated = options.type_k.startswith(("q", "iq"))
     latest = spec.policy == "latest"
-    keys = [context.per_head("keys", layer, seq) for layer in layers]
-    values = [context.per_head("values", layer, seq) for layer in layers]
-    queries = [context.queries(layer, seq) for layer in layers]
-    before = [context.all_positions(layer, seq) for layer in layers]
-    stored = [context.stored(layer, spec.n_sim, seq) if latest else None for layer in layers]
+    keys = {il: context.per_head("keys", il, seq) for il in layers}
+    values = {il: context.per_head("values", il, seq) for il in layers}
+    queries = {il: context.queries(il, seq) for il in layers}
+    before = {il: context.all_positions(il, seq) for il in layers}
+    stored = {il: context.stored(il, spec.n_sim, seq) if latest else None for il in layers}
     assert context.compact(seq)
     held = []
-    for layer in layers:
-        after, heads = context.all_positions(layer, seq), np.arange(model.n_head_kv)
+    for layer, old in zip(layers, n_old, strict=True):
+        after, heads = context.all_positions(layer, seq), np.arange(context.layers[layer].n_head_kv)
         rows = [np.searchsorted(before[layer][:, h], after[:, h]) for h in heads]
         for h in heads:
             assert (np.diff(before[layer][:, h]) > 0).all()
             np.testing.assert_array_equal(before[layer][rows[h], h], after[:, h])
         k, q = keys[layer], queries[layer]
-        if options.type_k.startswith(("q", "iq")):
+        if rotated:
             k, q = ref.hadamard(k), ref.hadamard(q)
-        mine = replace(spec, budget=budgets[layer], scale=context.attn_scale(layer), rope=rope)
+        shape = context.layers[layer]
+        mine = replace(spec, budget=shape.budget, scale=shape.scale, softcap=shape.softcap, rope=rope)
+        mine = replace(mine, sinks=(sinks or {}).get(layer))
         aux = stored[layer]
         if aux is not None:
-            aux[:, n_old[layer] :] = ref.MISSING  # cells that were never compared
-        right = ref.check_kept(rows, k, q, mine, before[layer], aux, n_old[layer], rel, tally)
+            aux[:, old:] = ref.MISSING  # cells that were never compared
+        right = ref.check_kept(rows, k, q, mine, before[layer], aux, old, rel, tally)
         gather = np.stack(rows, axis=1)  # [kept, n_head_kv]
         np.testing.assert_array_equal(context.per_head("keys", layer, seq), keys[layer][gather, heads])
         np.testing.assert_array_equal(context.per_head("values", layer, seq), values[layer][gather, heads])

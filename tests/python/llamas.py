@@ -65,7 +65,7 @@ def fresh(llama: Llama, prompt: str | list[int], n: int = 40, **more: Any) -> st
 
 
 def write_unsupported(path: Path, kind: str) -> Path:
-    """A random model with ALiBi (mpt), a sliding window (cohere2) or no attention at all (mamba)."""
+    """A random model with ALiBi (mpt) or no attention at all (mamba)."""
     d, n_ff, n_vocab = 64, 96, 40
     writer = gguf.GGUFWriter(path, kind)
     writer.add_tokenizer_model("no_vocab")
@@ -81,13 +81,6 @@ def write_unsupported(path: Path, kind: str) -> Path:
         writer.add_max_alibi_bias(8.0)
         shapes |= {"attn_qkv.weight": (3 * d, d), "attn_output.weight": (d, d), "ffn_norm.weight": (d,)}
         shapes |= {"ffn_up.weight": (n_ff, d), "ffn_down.weight": (d, n_ff)}
-    elif kind == "cohere2":
-        writer.add_head_count_kv(2)
-        writer.add_sliding_window(64)
-        writer.add_logit_scale(1.0)
-        writer.add_rope_dimension_count(32)
-        shapes |= {f"attn_{x}.weight": (d, d) for x in ("q", "k", "v", "output")}
-        shapes |= {"ffn_gate.weight": (n_ff, d), "ffn_up.weight": (n_ff, d), "ffn_down.weight": (d, n_ff)}
     else:
         inner, state, rank, conv = 2 * d, 16, 4, 4
         writer.add_ssm_conv_kernel(conv)

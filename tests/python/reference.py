@@ -50,6 +50,7 @@ class Spec:
     reference: bool = False
     scale: float = 1.0
     softcap: float = 0.0
+    sinks: NDArray[np.float32] | None = None  # [n_head]
     rope: Rope = field(default_factory=Rope)
 
 
@@ -79,7 +80,11 @@ def importance(k: Floats, q: Floats, spec: Spec) -> Floats:
     logits = spec.scale * np.einsum("ahgd,jhd->hagj", grouped, past)
     if spec.softcap > 0:
         logits = spec.softcap * np.tanh(logits / spec.softcap)
-    attention = softmax(logits.max(axis=2))  # max over the group, softmax over keys: [h, a, j]
+    logits = logits.max(axis=2)  # max over the group: [h, a, j]
+    if spec.sinks is not None:  # one key more, of every query, that is no cell
+        sink = spec.sinks.astype(np.float64).reshape(n_head_kv, 1, group).max(axis=2, keepdims=True)
+        logits = np.concatenate([logits, np.broadcast_to(sink, (*logits.shape[:2], 1))], axis=2)
+    attention = softmax(logits)[:, :, : past.shape[0]]
     return max_pool(attention.mean(axis=1), spec.pool)
 
 

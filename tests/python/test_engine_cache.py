@@ -268,7 +268,7 @@ def test_failed_init_leaves_no_budget_behind(make: MakeLlama, smollm2_path: Path
     stock.close()
 
 
-@pytest.mark.parametrize("kind", ["mpt", "cohere2", "mamba"])
+@pytest.mark.parametrize("kind", ["mpt", "mamba"])
 def test_models_whose_cache_cannot_be_compacted(tmp_path: Path, kind: str) -> None:
     path = write_unsupported(tmp_path / f"{kind}.gguf", kind)
     with pytest.raises(RKVError, match=r"^[^\n]{20,}$"):

@@ -134,6 +134,7 @@ def page(report: Row) -> str:
         "flash attention on, B = 1,024, S = 128. Speeds in one row are of one run (the first two tables"
         " in turns, else one after the other), all sequences together; a compaction's time is that of one "
         "sequence in all layers.\n",
+        *(f"{note}\n" for note in report.get("notes", [])),
         "## What was to be reached\n",
         targets(rows),
         "The targets were set on an H100 and are ratios within one run.\n"

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+class  llama_io_read_i;
+struct llama_context;
 struct llama_cparams;
 struct llama_model;
 class  rkv_cache;
@@ -32,3 +34,8 @@ rkv_cache * rkv_cache_of(const llama_context * ctx);
 
 // called where llama_init_from_model catches an exception
 void rkv_init_failed(const char * why);
+
+// called from llama_context where a state is read: llama_memory_i::state_read, after which nothing is half restored
+void rkv_state_read(llama_context & ctx, llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0);
+void rkv_state_drop(llama_context & ctx, llama_seq_id seq_id = -1); // forget what was restored, on a context with a budget
+void rkv_state_failed(const char * why); // becomes rkv_last_error()

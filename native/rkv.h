@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // Bumped whenever a struct or a function below changes; rkv_version() returns the library's.
-#define RKV_VERSION 1
+#define RKV_VERSION 2
 
 // All counts are in cells (= tokens).
 struct rkv_params {
@@ -82,6 +82,10 @@ LLAMA_API struct rkv_stats rkv_get_stats(const struct llama_context * ctx);
 
 // Cells in use by a sequence in the widest layer, -1 on a bad sequence.
 LLAMA_API int32_t rkv_seq_used(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Tokens that a sequence takes before its next compaction, 0 if the next token brings one; -1 on a bad sequence. What a
+// batch adds beyond them is there before the compaction judges: speculative drafts should end with them.
+LLAMA_API int32_t rkv_seq_room(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // Compact a sequence now, whatever its fill. false if there is nothing to evict or on an error (rkv_last_error()).
 LLAMA_API bool rkv_seq_compact(struct llama_context * ctx, llama_seq_id seq_id);

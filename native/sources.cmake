@@ -9,6 +9,7 @@ set(RKV_LLAMA_SOURCES
     rkv-ops.cpp
     rkv-rope.cpp
     rkv-select.cpp
+    rkv-state.cpp
 )
 set(RKV_GGML_CPU_SOURCES
     cpu/policy-latest.cpp

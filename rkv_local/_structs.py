@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 # The RKV_VERSION that these structs mirror.
-RKV_VERSION = 1
+RKV_VERSION = 2
 
 float_p = ctypes.POINTER(ctypes.c_float)
 int_p = ctypes.POINTER(ctypes.c_int32)
@@ -95,6 +95,7 @@ def signatures(low: Any) -> dict[str, tuple[list[Any], Any]]:
         "rkv_end_init": ([], ctypes.c_bool),
         "rkv_get_stats": ([ctx], RkvStats),
         "rkv_seq_used": ([ctx, i32], i32),
+        "rkv_seq_room": ([ctx, i32], i32),
         "rkv_seq_compact": ([ctx, i32], ctypes.c_bool),
         "rkv_get_positions": ([*cell, int_p, size], i32),
         "rkv_get_keys": ([*cell, float_p, size], i32),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -334,31 +332,3 @@ def test_too_large_a_batch_is_refused_also_on_an_empty_cache(small: Model) -> No
         assert native.last_error()
         assert context.pos_max() == -1 and context.used() == 0
         context.feed([1] * 8)
-
-
-def test_save_and_restore_are_refused(small: Model, tmp_path: Path) -> None:
-    with Context(small, SMALL) as context:
-        context.feed([1] * 40)
-        buffer = (ctypes.c_uint8 * (1 << 20))()
-        path = str(tmp_path / "state").encode()
-        tokens = (ctypes.c_int32 * 1)(1)
-        ctx = context.ctx
-        assert llama_cpp.llama_state_get_data(ctx, buffer, len(buffer)) == 0
-        assert native.last_error()
-        assert llama_cpp.llama_state_seq_get_data(ctx, buffer, len(buffer), 0) == 0
-        assert not llama_cpp.llama_state_save_file(ctx, path, tokens, 1)
-        assert llama_cpp.llama_state_seq_save_file(ctx, path, 0, tokens, 1) == 0
-        assert llama_cpp.llama_state_seq_set_data(ctx, buffer, len(buffer), 0) == 0
-        assert context.used() > 0 and context.pos_max() == 39
-        context.feed([1] * 8)
-
-
-def test_a_stock_state_is_not_loaded_into_a_budget(small: Model) -> None:
-    with Context(small, replace(SMALL, spec=ref.Spec("none"))) as stock, Context(small, SMALL) as context:
-        stock.feed([1] * 16)
-        buffer = (ctypes.c_uint8 * (1 << 20))()
-        n = llama_cpp.llama_state_seq_get_data(stock.ctx, buffer, len(buffer), 0)
-        assert n > 0
-        assert llama_cpp.llama_state_seq_set_data(context.ctx, buffer, n, 0) == 0
-        assert native.last_error()
-        context.feed([1] * 16)

@@ -163,7 +163,7 @@ class Session:
         self._open()
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         done = low.llama_state_seq_set_data(self.llama.ctx, buffer, len(data), self._check(seq))
-        if done == len(data):
+        if 0 < done == len(data):
             return
         reason = _native.last_error() if done == 0 else "the state is damaged: more bytes follow it"
         if done > 0:

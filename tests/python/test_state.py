@@ -369,5 +369,6 @@ def test_a_false_state_with_right_checksums_is_refused(small: Model) -> None:
         b.feed(TOKENS[:60], 0)
         assert b.compact(0) in (True, False)
         assert same(contents(b, 1), contents(a, 1))
-        assert b.remove(0, -1, -1) and load(b, data, 0) > 0
+        llama_cpp.llama_memory_clear(b.memory, True)
+        assert load(b, data, 0) == len(data)
         continue_alike(a, b, 0, 0)

@@ -256,7 +256,11 @@ class Llama(llama_cpp.Llama):
         for start in range(0, len(tokens), self.n_batch):
             part = tokens[start : start + self.n_batch]
             past, n = self.n_tokens, len(part)
-            every = self._logits_all or self._draft is not None or (recorder is not None and past < len(recorder.prompt))
+            every = (
+                self._logits_all
+                or self._draft is not None
+                or (recorder is not None and past < len(recorder.prompt))
+            )
             self._batch.set_batch(batch=part, n_past=past, logits_all=every)
             decode(self.ctx, self._batch.batch)
             self._n_outputs = n if every else 1
@@ -387,14 +391,16 @@ class Llama(llama_cpp.Llama):
         """Continue from a saved state: the same tokens follow.
 
         Raises:
-            RKVError: the state is of another model, budget, policy or version, or damaged. What the context held
-                stays, or the cache is empty; either way the next call is right.
+            RKVError: the state is of another model, budget, policy or version, or damaged. What the context
+                held stays, or the cache is empty; either way the next call is right.
         """
         n, data = int(state.n_tokens), bytes(state.llama_state)
         if not 0 <= n <= min(len(state.input_ids), self._n_ctx):
             raise RKVError(f"the state holds {n} tokens, this context takes {self._n_ctx}: raise n_ctx")
         before, self.n_tokens, self._requires_eval = self.n_tokens, 0, True  # Ctrl-C here: read all again
-        done = low.llama_state_set_data(self.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data))
+        done = low.llama_state_set_data(
+            self.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
+        )
         if done == 0:
             self.n_tokens = before
             raise RKVError(_native.last_error() or "llama.cpp could not restore the state")

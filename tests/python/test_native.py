@@ -65,7 +65,7 @@ def test_struct_layouts_equal_the_header(tmp_path: Path) -> None:
 def test_policies_defaults_and_checks_are_the_librarys() -> None:
     assert [_native.policy_name(i) for i in range(len(POLICIES))] == list(POLICIES)
     assert _native.policy_name(len(POLICIES)) is None
-    assert _native.version() == 1
+    assert _native.version() == 2
     assert "0.3.36" in _native.build_info()
     ours, theirs = _native.params(KVBudget(batch=1)), _native.default_params()
     ours.n_batch_seq = theirs.n_batch_seq

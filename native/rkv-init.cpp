@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -121,7 +123,45 @@ bool rkv_params_check(const rkv_params * params) {
     throw std::runtime_error("a KV budget is not supported here: " + why);
 }
 
+// For tests of programs that know nothing of budgets: RKV_FORCE_BUDGET="512:128" gives each context one of 512 + 128 cells,
+// where the model and the context can have one.
+static void force_from_environment() {
+    if (pending && pending->forced) {
+        pending.reset(); // its context failed
+    }
+    const char * value = getenv("RKV_FORCE_BUDGET");
+    if (pending || !value || !*value) {
+        return;
+    }
+    auto forced = std::make_unique<rkv_pending>();
+    forced->params = rkv_default_params();
+    forced->forced = true;
+    char rest = 0;
+    if (sscanf(value, "%u:%u%c", &forced->params.budget, &forced->params.buffer, &rest) != 2) {
+        throw std::runtime_error(std::string("RKV_FORCE_BUDGET is ") + value + ", must be two numbers: budget:buffer");
+    }
+    if (!rkv_params_check(&forced->params)) {
+        throw std::runtime_error("RKV_FORCE_BUDGET: " + last_error);
+    }
+    pending = std::move(forced);
+}
+
+static void check_model(const llama_model & model, int ctx_type, const llama_cparams & cparams);
+
 void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparams & cparams) {
+    force_from_environment();
+    try {
+        check_model(model, ctx_type, cparams);
+    } catch (const std::exception & err) {
+        if (!pending || !pending->forced) {
+            throw;
+        }
+        LLAMA_LOG_WARN("%s: RKV_FORCE_BUDGET: %s\n", __func__, err.what());
+        pending.reset();
+    }
+}
+
+static void check_model(const llama_model & model, int ctx_type, const llama_cparams & cparams) {
     if (!pending || pending->taken) {
         return;
     }
@@ -166,6 +206,14 @@ void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparam
 void rkv_check_memory(const void * memory, bool is_plain_kv_cache) {
     if (pending && !(memory && is_plain_kv_cache && pending->taken)) {
         refuse("the model's kind of cache has no eviction yet");
+    }
+    if (pending && pending->forced) {
+        LLAMA_LOG_WARN("%s: RKV_FORCE_BUDGET: %u + %u cells\n", __func__, pending->params.budget, pending->params.buffer);
+        const bool ok = pending->cache->check_devices();
+        pending.reset();
+        if (!ok) {
+            throw std::runtime_error(last_error);
+        }
     }
 }
 

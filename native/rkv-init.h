@@ -25,6 +25,7 @@ struct rkv_pending {
     bool taken  = false; // a cache has it
     rkv_cache * cache = nullptr; // that one
     bool failed = false;
+    bool forced = false; // by RKV_FORCE_BUDGET: where it is not supported there is none
 };
 
 rkv_pending * rkv_pending_get(); // NULL where none is pending

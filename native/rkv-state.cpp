@@ -174,8 +174,8 @@ std::vector<std::pair<std::string, std::string>> rkv_cache::state_traits() const
         return format("%d/%d heads of %u/%u", l.n_head, l.n_head_kv, hp.n_embd_head_k(l.il), hp.n_embd_head_v(l.il));
     }));
     add("the RoPE", by_layer(layers, [&](const layer_t & l) {
-        return l.rope < 0 ? std::string("none") : format("%d dimensions, base %s, scale %s", ropes[l.rope].n_rot,
-            number(ropes[l.rope].base).c_str(), number(ropes[l.rope].scale).c_str());
+        return hp.has_rope(l.il) ? format("%u dimensions, base %s, scale %s", hp.n_rot(l.il),
+            number(model.get_rope_freq_base(*cparams, l.il)).c_str(), number(model.get_rope_freq_scale(*cparams, l.il)).c_str()) : "none";
     }) + format(", YaRN %s/%s/%s/%s over %u", number(cparams->yarn_ext_factor).c_str(), number(cparams->yarn_attn_factor).c_str(),
         number(cparams->yarn_beta_fast).c_str(), number(cparams->yarn_beta_slow).c_str(), cparams->n_ctx_orig_yarn));
     add("the model", format("%s %s (%" PRIu64 " weights, checksum %08x)", model.arch_name().c_str(), model.name.c_str(),

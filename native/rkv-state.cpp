@@ -497,6 +497,12 @@ void rkv_state_read(llama_context & ctx, llama_io_read_i & io, llama_seq_id seq_
     }
 }
 
+void rkv_state_check_length(uint32_t n_bytes) {
+    if (n_bytes > MAX_TEXT) {
+        fail("the state is damaged: its first text makes no sense");
+    }
+}
+
 void rkv_state_failed(const char * why) { rkv_set_error("%s", why); }
 
 void rkv_state_drop(llama_context & ctx, llama_seq_id seq_id) {

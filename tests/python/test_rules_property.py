@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 import engine_tools as native
 import reference as ref
 from engine_tools import Context, Model, Options
+from states import WHOLE, load, save
 from tiny_models import SMALL_SHAPE as SHAPE
 from tiny_models import Forward
 
@@ -85,6 +86,7 @@ class Rules(RuleBasedStateMachine):
         self.allocated = self.context.stats.bytes
         self.seqs = [Sequence() for _ in range(3)]
         self.compactions = 0
+        self.saved: list[tuple[bytes, int, list[Sequence]]] = []  # a state, of which sequence, what it holds
 
     def teardown(self) -> None:
         if self.context:
@@ -209,6 +211,34 @@ class Rules(RuleBasedStateMachine):
         assert self.context
         llama_cpp.llama_memory_clear(self.context.memory, data)
         self.seqs = [Sequence() for _ in range(3)]
+
+    @rule(seq=st.integers(WHOLE, 2))
+    def save_state(self, seq: int) -> None:
+        assert self.context
+        held = self.seqs if seq == WHOLE else self.seqs[seq : seq + 1]
+        self.saved.append((save(self.context, seq), seq, copy.deepcopy(held)))
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), to=SEQS)
+    def load_state(self, data: st.DataObject, to: int) -> None:
+        assert self.context
+        state, seq, held = data.draw(st.sampled_from(self.saved))
+        assert load(self.context, state, WHOLE if seq == WHOLE else to) == len(state)
+        if seq == WHOLE:
+            self.seqs = copy.deepcopy(held)
+        else:
+            self.seqs[to] = copy.deepcopy(held[0])
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), to=SEQS, share=st.floats(0, 0.999))
+    def load_a_cut_state(self, data: st.DataObject, to: int, share: float) -> None:
+        """Refused: nothing changes, or all that it would have replaced is empty."""
+        assert self.context
+        state, seq, _ = data.draw(st.sampled_from(self.saved))
+        cut = state[: int(share * len(state))]
+        assert load(self.context, cut, WHOLE if seq == WHOLE else to) == 0
+        if seq == WHOLE and all(self.context.used(s) == 0 for s in range(3)):
+            self.seqs = [Sequence() for _ in range(3)]
 
     @rule(seq=SEQS, delta=st.sampled_from([-3, 4]))
     def shift(self, seq: int, delta: int) -> None:

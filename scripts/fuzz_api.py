@@ -4,9 +4,9 @@
     export RKV_LOCAL_LIB=...                      # as scripts/dev_build.sh prints it
     python scripts/fuzz_api.py --seconds 600 [--seed N]
 
-The calls, the model (which computes every logit in numpy over the cells that each head kept) and the rules are those of
-tests/python/test_rules_property.py: decode, remove, copy, keep, clear, shift, compact, save, load. Each round runs in
-a process of its own, so that a crash is found; its seed is printed with what it found.
+The calls (decode, remove, copy, keep, clear, shift, compact, save, load), the rules and the model, which computes
+every logit in numpy over the cells that each head kept, are those of tests/python/test_rules_property.py. Each
+round runs in a process of its own, so that a crash is found; its seed is printed with what it found.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "python")]
@@ -41,7 +42,7 @@ def one_round(seed: int, model_path: Path, examples: int) -> None:
             super().__init__()
             calls[0] += 1
 
-        def check_invariants(self, *args: object, **kwargs: object) -> None:
+        def check_invariants(self, *args: Any, **kwargs: Any) -> None:
             calls[1] += 1
             super().check_invariants(*args, **kwargs)
 

@@ -4,10 +4,11 @@
     export RKV_LOCAL_LIB=...                      # as scripts/dev_build.sh prints it
     python scripts/fuzz_state.py --seconds 600 [--seed N]
 
-A random context is filled and saved, whole or one sequence, through memory or a file. The bytes are cut, changed,
-moved about or mixed with another state's, sealed again with right checksums or not, and loaded into a context that
-holds something. Then each sequence is what it was before, what was saved, or empty (with right checksums: usable), and
-the context goes on as it should. Each round runs in a process of its own, so that a crash is found; its seed is printed.
+A random context is filled and saved, whole or one sequence, through memory or a file. The bytes are cut,
+changed, moved about or mixed with another state's, sealed again with right checksums or not, and loaded into
+a context that holds something. Then each sequence is what it was before, what was saved, or empty (with right
+checksums: usable), and the context goes on as it should. Each round runs in a process of its own, so that a
+crash is found; its seed is printed with what it found.
 """
 
 from __future__ import annotations
@@ -131,9 +132,9 @@ def rounds(seed: int, seconds: float, model_path: Path) -> None:
                 if not in_file and rng.random() < 0.5:
                     parts = list(sealed_parts(data, seq, spec.window))
                     start, end = rng.choice(parts)
-                    part = mutated(rng, data[start:end], other)[: end - start]
-                    part += data[start + len(part) : end]
-                    data = sealed(data[:start] + part + data[end:], parts)
+                    bad = mutated(rng, data[start:end], other)[: end - start]
+                    bad += data[start + len(bad) : end]
+                    data = sealed(data[:start] + bad + data[end:], parts)
                     resealed = True
                 else:
                     data = mutated(rng, data, other)

@@ -138,10 +138,12 @@ static void force_from_environment() {
     forced->forced = true;
     char rest = 0;
     if (sscanf(value, "%u:%u%c", &forced->params.budget, &forced->params.buffer, &rest) != 2) {
-        throw std::runtime_error(std::string("RKV_FORCE_BUDGET is ") + value + ", must be two numbers: budget:buffer");
+        rkv_set_error("RKV_FORCE_BUDGET is %s, must be two numbers, budget:buffer", value);
+        throw std::runtime_error(last_error);
     }
     if (!rkv_params_check(&forced->params)) {
-        throw std::runtime_error("RKV_FORCE_BUDGET: " + last_error);
+        last_error = "RKV_FORCE_BUDGET: " + last_error;
+        throw std::runtime_error(last_error);
     }
     pending = std::move(forced);
 }

@@ -4,9 +4,10 @@
     export RKV_LOCAL_LIB=...                      # as scripts/dev_build.sh prints it
     python scripts/fuzz_api.py --seconds 600 [--seed N]
 
-The calls (decode, remove, copy, keep, clear, shift, compact, save, load), the rules and the model, which computes
-every logit in numpy over the cells that each head kept, are those of tests/python/test_rules_property.py. Each
-round runs in a process of its own, so that a crash is found; its seed is printed with what it found.
+The calls (decode, remove, copy, keep, clear, shift, compact, save, load), the rules and the model, which
+computes every logit in numpy over the cells that each head kept, are those of test_rules_property.py in
+tests/python. Each round runs in a process of its own, so that a crash is found; its seed is printed with what
+it found.
 """
 
 from __future__ import annotations

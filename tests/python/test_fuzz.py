@@ -1,4 +1,4 @@
-"""The fuzzers of scripts/ for a few seconds, and the environment variable that forces a budget on programs."""
+"""The fuzzers of scripts/ for a few seconds, and the variable that forces a budget on programs."""
 
 from __future__ import annotations
 

@@ -39,3 +39,12 @@ int ggml_backend_sched_graph_compute_async(void * sched, void * graph) {
     const int status = f(sched, graph);
     return strikes("late") ? -1 : status; // all done, and then it fails
 }
+
+int ggml_backend_sched_graph_compute(void * sched, void * graph) { // the generic path's
+    int (*f)(void *, void *) = real("libggml-base.so", "ggml_backend_sched_graph_compute");
+    if (strikes("compute")) {
+        return -1;
+    }
+    const int status = f(sched, graph);
+    return strikes("late") ? -1 : status;
+}

@@ -6,6 +6,7 @@ python fault_child.py MODEL POLICY FUNCTION
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +58,10 @@ def main() -> None:
                     arm(b"", 0)
                     assert status == 0
                     break
+                if (
+                    status == 0 and os.environ.get("RKV_GENERIC") == "1"
+                ):  # a probe of the device failed: another way
+                    continue
                 struck += 1
                 line = native.last_error()
                 assert status in STATUS[function], (status, line)

@@ -34,16 +34,17 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("policy", ["rkv", "latest"])
+@pytest.mark.parametrize(("policy", "generic"), [("rkv", "0"), ("latest", "0"), ("rkv", "1")])
 @pytest.mark.parametrize("function", ["alloc", "compute", "late", "backend"])
 def test_a_failure_leaves_each_sequence_whole_or_empty(
-    shim: Path, tmp_path: Path, policy: str, function: str
+    shim: Path, tmp_path: Path, policy: str, generic: str, function: str
 ) -> None:
     model = write_model(tmp_path / "small.gguf", SMALL_SHAPE)
     command = [sys.executable, str(HERE / "fault_child.py"), str(model), policy, function]
-    env = {**os.environ, "LD_PRELOAD": str(shim)}
+    env = {**os.environ, "LD_PRELOAD": str(shim), "RKV_GENERIC": generic}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     struck, lost, kept = map(int, run.stdout.split())
     assert struck >= (1 if function == "backend" else 4) and kept > 0
-    assert (lost > 0) == (function in ("compute", "late"))  # rows may have moved
+    moved = function in ("compute", "late") or (generic == "1" and function == "alloc")  # layer by layer
+    assert (lost > 0) == moved

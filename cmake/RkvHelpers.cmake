@@ -145,7 +145,7 @@ function(rkv_add_native tree)
             rkv_add_cuda("${tree}" ${target})
         endif()
     endforeach()
-    target_include_directories(llama PRIVATE "${tree}/src")
+    target_include_directories(llama PRIVATE "${tree}/src" INTERFACE "${RKV_NATIVE_DIR}") # llama.cpp's tests see its headers
     rkv_add_sources(llama ${RKV_LLAMA_SOURCES})
 endfunction()
 

@@ -54,6 +54,11 @@ int32_t rkv_seq_used(const llama_context * ctx, llama_seq_id seq_id) {
     return kv->get_cells(seq_id).get_used();
 }
 
+int32_t rkv_seq_room(const llama_context * ctx, llama_seq_id seq_id) {
+    const rkv_cache * rkv = rkv_cache_of(ctx);
+    return rkv ? rkv->seq_room(seq_id) : -1;
+}
+
 bool rkv_seq_compact(llama_context * ctx, llama_seq_id seq_id) {
     rkv_cache * rkv = rkv_cache_of(ctx);
     if (!rkv) {

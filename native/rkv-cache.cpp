@@ -212,6 +212,15 @@ int32_t rkv_cache::seq_used(llama_seq_id seq_id) const {
     return strm < 0 ? -1 : (int32_t) cells(strm).get_used();
 }
 
+int32_t rkv_cache::seq_room(llama_seq_id seq_id) const {
+    const int64_t strm = stream_of(seq_id);
+    if (strm < 0) {
+        return -1;
+    }
+    const uint32_t limit = n_budget_max + params.buffer;
+    return limit - std::min(limit, used_end(strm));
+}
+
 rkv_cache::range_t rkv_cache::range(const layer_t & layer, uint32_t strm) const {
     const uint32_t off = groups[layer.group].off;
     const auto &   c   = cells(strm);
@@ -355,11 +364,6 @@ bool rkv_cache::refuse_shift() const {
     LLAMA_LOG_ERROR("%s: positions cannot be shifted in a cache with a budget\n", __func__);
     rkv_set_error("positions cannot be shifted in a cache with a budget");
     return true;
-}
-
-void rkv_cache::refuse_state() const {
-    rkv_set_error("saving and restoring a cache with a budget is not supported yet");
-    throw std::runtime_error("saving and restoring a cache with a budget is not supported yet");
 }
 
 //

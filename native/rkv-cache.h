@@ -17,9 +17,12 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 class  llama_kv_cache;
+class  llama_io_read_i;
+class  llama_io_write_i;
 class  llama_kv_cells;
 struct llama_memory_i;
 struct llama_context;
@@ -62,7 +65,10 @@ public:
     bool seq_keep(llama_seq_id seq_id); // false: refused
     void copy_stream(uint32_t src, uint32_t dst);
     bool refuse_shift() const; // always true
-    [[noreturn]] void refuse_state() const;
+
+    // both throw std::runtime_error with rkv_last_error() set; seq_id -1: all sequences
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id);
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id); // what it does not replace stays as it was
 
     //
     // batches
@@ -83,6 +89,7 @@ public:
     bool all_unrotatable() const;
     bool check_devices(); // which layers take the generic path; false: a layer's device can run neither
     int32_t seq_used(llama_seq_id seq_id) const;
+    int32_t seq_room(llama_seq_id seq_id) const;
 
     // adds the temporary memory of the largest pass; works without allocated tensors; false: rkv_set_error()
     bool pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_type_t, size_t> & sizes);
@@ -142,6 +149,7 @@ public:
     std::vector<group_t>  groups; // [0] is the widest
     std::vector<stream_t> streams;
     std::vector<layer_t>  layers;
+    bool restored = false; // the last state_read succeeded
 
 private:
     rkv_cache(llama_kv_cache & kv, uint32_t n_stream, const filter_cb & filter, const reuse_cb & reuse);
@@ -159,6 +167,13 @@ private:
     rkv_generic::views generic_views(const layer_t & layer) const;
     uint32_t used_end(uint32_t strm) const;
     void     reset_if_empty(uint32_t strm);
+
+    struct span_t { ggml_tensor * t; size_t offset, size; bool positions; };
+    std::vector<std::pair<std::string, std::string>> state_traits() const;
+    std::vector<span_t> state_spans(uint32_t strm, uint32_t first, uint32_t old, uint32_t end) const;
+    void write_stream(llama_io_write_i & io, uint32_t strm);
+    void read_stream (llama_io_read_i  & io, uint32_t strm);
+    void finish_copies();
     ggml_backend_t backend_of(const ggml_tensor * t) const;
 
     llama_kv_cache & kv;
@@ -192,6 +207,8 @@ private:
     std::unique_ptr<rkv_generic> generic;
 
     size_t   n_jobs_max = 1;  // of one pass
+    mutable std::vector<std::pair<std::string, std::string>> traits; // of a state; empty: not known yet
+
     uint32_t n_kv_pad = 0;    // 0: not known yet
     bool     touched  = false; // a pass has begun to move rows
 

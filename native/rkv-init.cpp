@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -122,7 +124,47 @@ void rkv_refuse(const std::string & why) {
     throw std::runtime_error("a KV budget is not supported here: " + why);
 }
 
+// For tests of programs that know nothing of budgets: RKV_FORCE_BUDGET="512:128" gives each context one of 512 + 128 cells,
+// where the model and the context can have one.
+static void force_from_environment() {
+    if (pending && pending->forced) {
+        pending.reset(); // its context failed
+    }
+    const char * value = getenv("RKV_FORCE_BUDGET");
+    if (pending || !value || !*value) {
+        return;
+    }
+    auto forced = std::make_unique<rkv_pending>();
+    forced->params = rkv_default_params();
+    forced->forced = true;
+    char rest = 0;
+    if (sscanf(value, "%u:%u%c", &forced->params.budget, &forced->params.buffer, &rest) != 2) {
+        rkv_set_error("RKV_FORCE_BUDGET is %s, must be two numbers, budget:buffer", value);
+        throw std::runtime_error(last_error);
+    }
+    if (!rkv_params_check(&forced->params)) {
+        last_error = "RKV_FORCE_BUDGET: " + last_error;
+        throw std::runtime_error(last_error);
+    }
+    pending = std::move(forced);
+}
+
+static void check_model(const llama_model & model, int ctx_type, const llama_cparams & cparams);
+
 void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparams & cparams) {
+    force_from_environment();
+    try {
+        check_model(model, ctx_type, cparams);
+    } catch (const std::exception & err) {
+        if (!pending || !pending->forced) {
+            throw;
+        }
+        LLAMA_LOG_WARN("%s: RKV_FORCE_BUDGET: %s\n", __func__, err.what());
+        pending.reset();
+    }
+}
+
+static void check_model(const llama_model & model, int ctx_type, const llama_cparams & cparams) {
     if (!pending || pending->taken) {
         return;
     }
@@ -156,6 +198,19 @@ void rkv_check_model(const llama_model & model, int ctx_type, const llama_cparam
     }
     pending->model   = &model;
     pending->cparams = &cparams;
+}
+
+void rkv_forced_done(const char * why_not) {
+    if (why_not) {
+        LLAMA_LOG_WARN("%s: RKV_FORCE_BUDGET: %s\n", __func__, why_not);
+    } else {
+        LLAMA_LOG_WARN("%s: RKV_FORCE_BUDGET: %u + %u cells\n", __func__, pending->params.budget, pending->params.buffer);
+        if (!pending->cache->check_devices()) {
+            pending.reset();
+            throw std::runtime_error(last_error);
+        }
+    }
+    pending.reset();
 }
 
 rkv_cache * rkv_cache_of(const llama_context * ctx) {

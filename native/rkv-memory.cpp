@@ -48,6 +48,9 @@ void rkv_check_memory(llama_memory_i * memory) {
     }
     const llama_kv_cache * kv = rkv_attention_cache(memory);
     if (kv && kv->rkv && pending->taken) {
+        if (pending->forced) {
+            rkv_forced_done(nullptr);
+        }
         return;
     }
     const std::string why =
@@ -56,6 +59,10 @@ void rkv_check_memory(llama_memory_i * memory) {
         as<llama_kv_cache_dsa>(memory) || as<llama_kv_cache_dsa_iswa>(memory) || as<llama_kv_cache_msa>(memory) ||
             as<llama_memory_hybrid_idx>(memory) ? "the model's cache has an indexer (sparse attention)" :
         "the model's kind of cache is unknown";
+    if (pending->forced && !pending->taken) {
+        rkv_forced_done(why.c_str());
+        return;
+    }
     delete memory;
     rkv_refuse(why);
 }

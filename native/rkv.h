@@ -98,6 +98,10 @@ LLAMA_API int32_t rkv_get_memory(struct llama_context * ctx, struct rkv_memory *
 // Cells in use by a sequence in the widest layer, -1 on a bad sequence.
 LLAMA_API int32_t rkv_seq_used(const struct llama_context * ctx, llama_seq_id seq_id);
 
+// Tokens that a sequence takes before its next compaction, 0 if the next token brings one; -1 on a bad sequence. What a
+// batch adds beyond them is there before the compaction judges: speculative drafts should end with them.
+LLAMA_API int32_t rkv_seq_room(const struct llama_context * ctx, llama_seq_id seq_id);
+
 // Compact a sequence now, whatever its fill. false if there is nothing to evict or on an error (rkv_last_error()).
 LLAMA_API bool rkv_seq_compact(struct llama_context * ctx, llama_seq_id seq_id);
 

@@ -10,6 +10,7 @@ set(RKV_LLAMA_SOURCES
     rkv-ops.cpp
     rkv-rope.cpp
     rkv-select.cpp
+    rkv-state.cpp
     rkv-usage.cpp
 )
 set(RKV_GGML_CPU_SOURCES

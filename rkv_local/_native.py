@@ -230,6 +230,11 @@ def seq_used(ctx: Any, seq: int = 0) -> int:
     return _count(library().rkv_seq_used(ctx, seq))
 
 
+def seq_room(ctx: Any, seq: int = 0) -> int:
+    """Tokens that a sequence takes before its next compaction. Raises IndexError on a bad sequence."""
+    return _count(library().rkv_seq_room(ctx, seq))
+
+
 def seq_compact(ctx: Any, seq: int = 0) -> bool:
     """Compact now. False if there was nothing to evict."""
     return bool(library().rkv_seq_compact(ctx, seq))

@@ -130,6 +130,7 @@ def signatures(low: Any) -> dict[str, tuple[list[Any], Any]]:
         "rkv_get_stats": ([ctx], RkvStats),
         "rkv_get_memory": ([ctx, ctypes.POINTER(RkvMemory), size], i32),
         "rkv_seq_used": ([ctx, i32], i32),
+        "rkv_seq_room": ([ctx, i32], i32),
         "rkv_seq_compact": ([ctx, i32], ctypes.c_bool),
         "rkv_get_positions": ([*cell, int_p, size], i32),
         "rkv_get_keys": ([*cell, float_p, size], i32),

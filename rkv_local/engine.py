@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import logging
 import os
@@ -27,8 +28,10 @@ _lib.prepare()  # our libraries, before llama_cpp loads others
 import llama_cpp  # noqa: E402
 import llama_cpp.llama_cpp as low  # noqa: E402
 from llama_cpp import _logger  # noqa: E402
+from llama_cpp.llama_speculative import LlamaDraftModel  # noqa: E402
 
 from .session import Session, decode, new_batch  # noqa: E402
+from .speculative import BoundedDraft  # noqa: E402
 from .tokenizer import PieceTokenizer  # noqa: E402
 
 __all__ = ["KVStats", "Llama", "Session"]
@@ -106,6 +109,7 @@ class Llama(llama_cpp.Llama):
     _batch: Any
     tokenizer_: Any
     n_tokens: int
+    _draft: LlamaDraftModel | None
 
     @property
     def context_params(self) -> Any:
@@ -117,6 +121,15 @@ class Llama(llama_cpp.Llama):
     @context_params.setter
     def context_params(self, value: Any) -> None:
         self._context_params = value
+
+    @property
+    def draft_model(self) -> LlamaDraftModel | None:
+        """Drafts tokens for speculative decoding; with a budget it is kept within the buffer."""
+        return self._draft
+
+    @draft_model.setter
+    def draft_model(self, draft: LlamaDraftModel | None) -> None:
+        self._draft = draft if draft is None or not self._active else BoundedDraft(draft, self)
 
     def __init__(
         self,
@@ -189,7 +202,6 @@ class Llama(llama_cpp.Llama):
         self._batch = self._stack.enter_context(closing(new_batch(made.width)))
         self._seed = seed & 0xFFFFFFFF
         self._logits_all = logits_all
-        self._every_logits = logits_all or self.draft_model is not None
         self._n_outputs = 1  # of the last decode
         if stock.get("tokenizer") is None:
             self.tokenizer_ = PieceTokenizer(self)
@@ -252,7 +264,11 @@ class Llama(llama_cpp.Llama):
         for start in range(0, len(tokens), self.n_batch):
             part = tokens[start : start + self.n_batch]
             past, n = self.n_tokens, len(part)
-            every = self._every_logits or (recorder is not None and past < len(recorder.prompt))
+            every = (
+                self._logits_all
+                or self._draft is not None
+                or (recorder is not None and past < len(recorder.prompt))
+            )
             self.check_outputs(n if every else 1)
             self._batch.set_batch(batch=part, n_past=past, logits_all=every)
             decode(self.ctx, self._batch.batch)
@@ -366,29 +382,56 @@ class Llama(llama_cpp.Llama):
         finally:
             self._recorder = None
 
-    # -- what a compacted cache cannot do yet ------------------------------------------------------
+    # -- saving and restoring ----------------------------------------------------------------------
 
-    def save_state(self) -> Any:
-        """llama_cpp's LlamaState. Raises NotImplementedError while a budget is active."""
-        self._refuse("save_state")
-        return super().save_state()
+    def save_state(self) -> llama_cpp.LlamaState:
+        """What every sequence holds, to continue from later. A compressed cache is saved as it is.
 
-    def load_state(self, state: Any) -> None:
-        """Restore a LlamaState. Raises NotImplementedError while a budget is active."""
-        self._refuse("load_state")
+        Raises:
+            RKVError: the engine's reason.
+        """
+        self.eval([])  # what an interrupted call left behind goes
+        size = low.llama_state_get_size(self.ctx)
+        buffer = (ctypes.c_uint8 * size)()
+        if size == 0 or low.llama_state_get_data(self.ctx, buffer, size) != size:
+            raise RKVError(_native.last_error() or "llama.cpp could not save the state")
+        ids = np.zeros_like(self.input_ids)
+        ids[: self.n_tokens] = self.input_ids[: self.n_tokens]
+        return llama_cpp.LlamaState(
+            input_ids=ids,
+            scores=self._scores.copy(),
+            n_tokens=self.n_tokens,
+            llama_state=bytes(buffer),
+            llama_state_size=size,
+            seed=self._seed,
+        )
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Continue from a saved state: the same tokens follow.
+
+        Raises:
+            RKVError: the state is of another model, budget, policy or version, or damaged. What the context
+                held stays, or the cache is empty; either way the next call is right.
+        """
+        n, data = int(state.n_tokens), bytes(state.llama_state)
+        if not 0 <= n <= min(len(state.input_ids), self._n_ctx):
+            raise RKVError(f"the state holds {n} tokens, this context takes {self._n_ctx}: raise n_ctx")
+        before, self.n_tokens, self._requires_eval = self.n_tokens, 0, True  # Ctrl-C here: read all again
+        done = low.llama_state_set_data(
+            self.ctx, (ctypes.c_uint8 * len(data)).from_buffer_copy(data), len(data)
+        )
+        if done == 0:
+            self.n_tokens = before
+            raise RKVError(_native.last_error() or "llama.cpp could not restore the state")
+        if done != len(data) or (self._ctx.memory is not None and self._pos_next(0) < n):
+            self.forget()
+            raise RKVError("the state is damaged: its parts do not belong together")
+        self.input_ids[:n] = state.input_ids[:n]
         if self._logits_all:
-            self._grow_scores(state.n_tokens)
-        super().load_state(state)
-
-    def set_cache(self, cache: Any) -> None:
-        """A cache of states between completions. Raises NotImplementedError while a budget is active."""
-        if cache is not None:
-            self._refuse("set_cache")
-        super().set_cache(cache)
-
-    def _refuse(self, what: str) -> None:
-        if self._active:
-            raise NotImplementedError(f"{what} cannot save a compressed cache yet: use kv=None for it")
+            self._grow_scores(n)
+            self.scores[:n] = state.scores[:n]
+        self._seed = state.seed
+        self.n_tokens = n
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -401,6 +444,8 @@ class Llama(llama_cpp.Llama):
         ours = {"kv": self.kv, "n_ctx": self._n_ctx, "n_seq_max": forced.get("n_seq_max")}
         if "flash_attn_type" in forced:
             ours["flash_attn"] = None
+        if isinstance(self._draft, BoundedDraft):
+            ours["draft_model"] = self._draft.draft
         return {**super().__getstate__(), **ours}
 
     def close(self) -> None:

@@ -146,6 +146,31 @@ class Session:
         self._open()
         low.llama_memory_seq_cp(self._memory, self._check(src), self._check(dst), -1, -1)
 
+    def save(self, seq: int = 0) -> bytes:
+        """What one sequence holds. Raises RKVError with the engine's reason."""
+        self._open()
+        size = low.llama_state_seq_get_size(self.llama.ctx, self._check(seq))
+        buffer = (ctypes.c_uint8 * size)()
+        if size == 0 or low.llama_state_seq_get_data(self.llama.ctx, buffer, size, seq) != size:
+            raise RKVError(_native.last_error() or f"sequence {seq} could not be saved")
+        return bytes(buffer)
+
+    def load(self, data: bytes, seq: int = 0) -> None:
+        """Make a sequence what save() gave, of any sequence of a context with the same model and budget.
+
+        Raises:
+            RKVError: saved with other settings, or damaged; the sequence is as it was, or empty.
+        """
+        self._open()
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        done = low.llama_state_seq_set_data(self.llama.ctx, buffer, len(data), self._check(seq))
+        if 0 < done == len(data):
+            return
+        reason = _native.last_error() if done == 0 else "the state is damaged: more bytes follow it"
+        if done > 0:
+            self.clear(seq)
+        raise RKVError(reason or f"sequence {seq} could not be restored")
+
     def compact(self, seq: int = 0) -> bool:
         """Compact now, whatever the fill. False if there was nothing to evict."""
         self._open()

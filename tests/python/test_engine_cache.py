@@ -277,16 +277,7 @@ def test_models_whose_cache_cannot_be_compacted(tmp_path: Path, kind: str) -> No
         llama.eval([1, 2, 3])
 
 
-def test_state_and_embeddings_are_refused(llama: Llama) -> None:
-    from llama_cpp import LlamaRAMCache
-
-    for call in (llama.save_state, lambda: llama.load_state(None), lambda: llama.set_cache(LlamaRAMCache())):
-        with pytest.raises(
-            NotImplementedError, match="cannot save a compressed cache yet: use kv=None"
-        ) as caught:
-            call()
-        assert "\n" not in str(caught.value)
-    llama.set_cache(None)
+def test_embeddings_are_refused(llama: Llama) -> None:
     with pytest.raises(RuntimeError, match="embedding=True"):
         llama.embed("text")
 

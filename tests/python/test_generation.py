@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import reference as ref
-from engine_tools import THREADS, Context, Model, Options
+from engine_tools import THREADS, Context, Model, Options, llama_cpp
 
 TOKENS = np.random.default_rng(0).integers(0, 96, size=400).tolist()
 
@@ -207,6 +207,24 @@ def test_sequences_at_once_equal_one_at_a_time(tiny: Model, policy: str, flash_a
         with Context(tiny, replace(together, n_seq=1)) as context:
             agreed += same_until_a_near_tie(at_once[s], greedy(context, {0: prompt}, 150)[0], noise)
     assert agreed >= (150 if flash_attn else 400)
+
+
+def test_a_shared_prompt_is_read_once(tiny: Model) -> None:
+    """Read by one sequence, copied to the others; each goes on as if it had read it, on its own schedule."""
+    options = Options(ref.Spec(budget=40, window=6, pin=2), n_seq=3, n_ctx=1024)
+    prompt, ends = TOKENS[:90], {0: TOKENS[100:103], 1: TOKENS[110:121], 2: TOKENS[130:137]}
+    with Context(tiny, options) as context:
+        context.feed(prompt, 0)
+        for seq in (1, 2):
+            llama_cpp.llama_memory_seq_cp(context.memory, 0, seq, -1, -1)
+        at_once = greedy(context, ends, 100)
+        assert len({context.used(seq) for seq in range(3)}) == 3
+    agreed = 0
+    for seq, end in ends.items():
+        with Context(tiny, replace(options, n_seq=1)) as context:
+            context.feed(prompt)
+            agreed += same_until_a_near_tie(at_once[seq], greedy(context, {0: end}, 100)[0], 5e-5)
+    assert agreed >= 250
 
 
 def test_sequences_at_once_on_the_default_model(smollm2: Model, prose: list[int]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -25,6 +23,7 @@ from hypothesis.stateful import (
 import engine_tools as native
 import reference as ref
 from engine_tools import Context, Model, Options
+from states import WHOLE, load, save
 from tiny_models import SMALL_SHAPE as SHAPE
 from tiny_models import Forward
 
@@ -87,6 +86,7 @@ class Rules(RuleBasedStateMachine):
         self.allocated = self.context.stats.bytes
         self.seqs = [Sequence() for _ in range(3)]
         self.compactions = 0
+        self.saved: list[tuple[bytes, int, list[Sequence]]] = []  # a state, of which sequence, what it holds
 
     def teardown(self) -> None:
         if self.context:
@@ -212,6 +212,34 @@ class Rules(RuleBasedStateMachine):
         llama_cpp.llama_memory_clear(self.context.memory, data)
         self.seqs = [Sequence() for _ in range(3)]
 
+    @rule(seq=st.integers(WHOLE, 2))
+    def save_state(self, seq: int) -> None:
+        assert self.context
+        held = self.seqs if seq == WHOLE else self.seqs[seq : seq + 1]
+        self.saved.append((save(self.context, seq), seq, copy.deepcopy(held)))
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), to=SEQS)
+    def load_state(self, data: st.DataObject, to: int) -> None:
+        assert self.context
+        state, seq, held = data.draw(st.sampled_from(self.saved))
+        assert load(self.context, state, WHOLE if seq == WHOLE else to) == len(state)
+        if seq == WHOLE:
+            self.seqs = copy.deepcopy(held)
+        else:
+            self.seqs[to] = copy.deepcopy(held[0])
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), to=SEQS, share=st.floats(0, 0.999))
+    def load_a_cut_state(self, data: st.DataObject, to: int, share: float) -> None:
+        """Refused: nothing changes, or all that it would have replaced is empty."""
+        assert self.context
+        state, seq, _ = data.draw(st.sampled_from(self.saved))
+        cut = state[: int(share * len(state))]
+        assert load(self.context, cut, WHOLE if seq == WHOLE else to) == 0
+        if seq == WHOLE and all(self.context.used(s) == 0 for s in range(3)):
+            self.seqs = [Sequence() for _ in range(3)]
+
     @rule(seq=SEQS, delta=st.sampled_from([-3, 4]))
     def shift(self, seq: int, delta: int) -> None:
         """K-shift is off: refused, and nothing changes (the invariants and the next decode look)."""
@@ -334,31 +362,3 @@ def test_too_large_a_batch_is_refused_also_on_an_empty_cache(small: Model) -> No
         assert native.last_error()
         assert context.pos_max() == -1 and context.used() == 0
         context.feed([1] * 8)
-
-
-def test_save_and_restore_are_refused(small: Model, tmp_path: Path) -> None:
-    with Context(small, SMALL) as context:
-        context.feed([1] * 40)
-        buffer = (ctypes.c_uint8 * (1 << 20))()
-        path = str(tmp_path / "state").encode()
-        tokens = (ctypes.c_int32 * 1)(1)
-        ctx = context.ctx
-        assert llama_cpp.llama_state_get_data(ctx, buffer, len(buffer)) == 0
-        assert native.last_error()
-        assert llama_cpp.llama_state_seq_get_data(ctx, buffer, len(buffer), 0) == 0
-        assert not llama_cpp.llama_state_save_file(ctx, path, tokens, 1)
-        assert llama_cpp.llama_state_seq_save_file(ctx, path, 0, tokens, 1) == 0
-        assert llama_cpp.llama_state_seq_set_data(ctx, buffer, len(buffer), 0) == 0
-        assert context.used() > 0 and context.pos_max() == 39
-        context.feed([1] * 8)
-
-
-def test_a_stock_state_is_not_loaded_into_a_budget(small: Model) -> None:
-    with Context(small, replace(SMALL, spec=ref.Spec("none"))) as stock, Context(small, SMALL) as context:
-        stock.feed([1] * 16)
-        buffer = (ctypes.c_uint8 * (1 << 20))()
-        n = llama_cpp.llama_state_seq_get_data(stock.ctx, buffer, len(buffer), 0)
-        assert n > 0
-        assert llama_cpp.llama_state_seq_set_data(context.ctx, buffer, n, 0) == 0
-        assert native.last_error()
-        context.feed([1] * 16)

@@ -44,5 +44,5 @@ void rkv_init_failed(const char * why);
 // called from llama_context where a state is read: llama_memory_i::state_read, after which nothing is half restored
 void rkv_state_read(llama_context & ctx, llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0);
 void rkv_state_drop(llama_context & ctx, llama_seq_id seq_id = -1); // forget what was restored, on a context with a budget
-void rkv_state_check_length(uint32_t n_bytes); // of a text: throws where a damaged one would take gigabytes
+void rkv_state_check_length(uint32_t n_bytes); // of a text: throws where a damaged one is empty or would take gigabytes
 void rkv_state_failed(const char * why); // becomes rkv_last_error()

@@ -498,7 +498,7 @@ void rkv_state_read(llama_context & ctx, llama_io_read_i & io, llama_seq_id seq_
 }
 
 void rkv_state_check_length(uint32_t n_bytes) {
-    if (n_bytes > MAX_TEXT) {
+    if (n_bytes == 0 || n_bytes > MAX_TEXT) {
         fail("the state is damaged: its first text makes no sense");
     }
 }

@@ -17,6 +17,7 @@ import pytest
 import arch_report
 import engine_tools as native
 import reference as ref
+import states
 import tiny_models
 from compaction import compact_and_check
 from engine_tools import Context, Model, NativeError, Options
@@ -303,3 +304,78 @@ def test_the_table_has_nothing_wrong() -> None:
     results = [row[3].split(" |")[0] for row in rows if len(row) == 4 and row[3] != "result |"]
     assert len(results) >= 128
     assert all(result.startswith(("right", "refused: ")) for result in results)
+
+
+# --- states ---
+
+
+def _after(context: Context) -> bytes:
+    """Logits of tokens that follow, through further compactions."""
+    return context.feed(TOKENS[200:260], chunk=1).tobytes()
+
+
+@pytest.mark.parametrize("seq", [states.WHOLE, 0])
+@pytest.mark.parametrize("kind", [k for k in RIGHT if k != "draft head"])
+def test_a_compressed_state_comes_back(models: dict[str, tuple[Model, Path]], kind: str, seq: int) -> None:
+    """All parts of the memory: what the budget governs bit by bit; cut short anywhere, nothing or all.
+
+    llama.cpp restores a window's cells in another order than they lay in, so that sums round differently.
+    """
+    model, _ = models[kind]
+    options = Options(SMALL, 8, 8, n_ctx=512)
+
+    def same_logits(context: Context) -> bool:
+        got = context.feed(TOKENS[200:260], chunk=1)
+        if not kind.startswith("window"):
+            return got.tobytes() == expected.tobytes()
+        return np.allclose(got, expected, atol=2e-3) and bool((got.argmax(1) == expected.argmax(1)).all())
+
+    with Context(model, options) as context, Context(model, options) as other:
+        context.feed(TOKENS[:200], chunk=8, last_only=True)
+        assert context.stats.compactions > 5
+        data, held, last = states.save(context, seq), governed(context), context.pos_max()
+        expected = context.feed(TOKENS[200:260], chunk=1)
+        assert np.std(expected) > 0.01 and len(set(expected.argmax(1).tolist())) > 3
+        assert states.load(other, data, seq) == len(data)
+        assert states.same(governed(other), held) and other.pos_max() == last
+        assert same_logits(other)
+        for cut in np.linspace(1, len(data) - 1, 23).astype(int):
+            before = other.pos_max()
+            assert states.load(other, data[:cut], seq) == 0
+            assert other.pos_max() in (-1, before)
+            if other.pos_max() == -1:  # empty in all parts: it can be used
+                assert other.used() == 0
+                other.feed(TOKENS[:8])
+            assert other.remove(0, -1, -1)
+            assert states.load(other, data, seq) == len(data)
+        assert same_logits(other)
+
+
+def governed(context: Context) -> list[Any]:
+    """Positions, keys and values of the layers that have a budget."""
+    layers = [il for il in range(context.model.n_layer) if (at := context.layer(il)) and at.budget > 0]
+    out: list[Any] = [np.array(context.used())]
+    for il in layers:
+        out += [context.all_positions(il), context.queries(il), context.per_head("keys", il)]
+    assert layers
+    return out
+
+
+@pytest.mark.parametrize("kind", ["window, sinks", "hybrid"])
+def test_part_of_a_compressed_state(models: dict[str, tuple[Model, Path]], kind: str) -> None:
+    """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: the window or the recurrent part by itself, to go back a few tokens."""
+    model, _ = models[kind]
+    with Context(model, Options(SMALL, 8, 8, n_ctx=512)) as context:
+        context.feed(TOKENS[:200], chunk=8, last_only=True)
+        while context.used() > SMALL.budget + 1:  # compacted just before the last token
+            context.feed(TOKENS[:1])
+        start = context.pos_max() + 1
+        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        size = llama_cpp.llama_state_seq_get_size_ext(context.ctx, 0, flags)
+        buffer = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data_ext(context.ctx, buffer, size, 0, flags) == size
+        first = context.feed(TOKENS[200:208], chunk=8)
+        assert llama_cpp.llama_state_seq_set_data_ext(context.ctx, buffer, size, 0, flags) == size
+        removed = context.remove(0, start, -1)
+        assert removed, native.last_error()
+        np.testing.assert_allclose(context.feed(TOKENS[200:208], chunk=8), first, atol=2e-3)

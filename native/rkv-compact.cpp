@@ -11,6 +11,7 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <exception>
 
 static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory, with RKV_SCRATCH_MAX
 static constexpr int    NODES_PER_LAYER = 7;
@@ -155,6 +156,7 @@ bool rkv_cache::run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<
 // A device failed. Where rows may have moved, no layer's rows mean anything any more without the others'.
 bool rkv_cache::give_up(const std::vector<uint32_t> & strms) {
     if (touched) {
+        ggml_backend_sched_synchronize(sched.get());
         const std::string why = rkv_last_error();
         for (const uint32_t s : strms) {
             kv.v_cells[s].reset();
@@ -171,7 +173,12 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
     bool ok = true;
     for (size_t i = 0; ok && i < strms.size(); i += n_jobs_max) {
         const std::vector<uint32_t> some(strms.begin() + i, strms.begin() + std::min(i + n_jobs_max, strms.size()));
-        ok = compact_some(some) || give_up(some);
+        try {
+            ok = compact_some(some);
+        } catch (const std::exception & err) { // main memory is short
+            ok = rkv_set_error("the compaction failed: %s", err.what());
+        }
+        ok = ok || give_up(some);
     }
     t_us += ggml_time_us() - t0;
     if (!ok) {

@@ -190,6 +190,14 @@ def shape_of(ctx: Any) -> ModelShape:
     return ModelShape.from_metadata({"general.architecture": arch, **found})
 
 
+def max_sequences() -> int:
+    """Most sequences of a context: RKV_MAX_SEQ of the build."""
+    library()
+    from llama_cpp import llama_cpp as low
+
+    return int(low.llama_max_parallel_sequences())
+
+
 def stats(ctx: Any) -> RkvStats:
     """rkv_get_stats."""
     result: RkvStats = library().rkv_get_stats(ctx)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from ._native import max_sequences
 from .devices import driver_used, list_devices, main_memory, resident, return_large_blocks
 from .errors import RKVError
 from .memory_plan import DevicePlan, Plan, cache_name, difference, differences
@@ -27,7 +28,6 @@ RESERVE = (
     50  # a 50th of the limit stays free: code pages, stacks, what libraries take when they first compute
 )
 LEAST_BATCH, LEAST_BUDGET, LEAST_CTX = 32, 256, 1024  # what is given up goes down to these
-MOST_SEQ = 256  # LLAMA_MAX_SEQ
 FREE = frozenset({"n_gpu_layers", "n_batch", "cache_type", "kv_budget", "n_ctx", "use_mmap", "flash_attn"})
 
 
@@ -297,7 +297,7 @@ class Planner:
         def fits(n: int) -> bool:
             return n == 1 or self.evaluate(replace(plan.setting, n_seq_max=n, n_outputs=n)).fits
 
-        n = largest(fits, 1, MOST_SEQ)
+        n = largest(fits, 1, max_sequences())
         return (
             plan if n == 1 else self.evaluate(replace(plan.setting, n_seq_max=n, n_outputs=n), plan.reasons)
         )

@@ -12,7 +12,6 @@ from .shape import CACHE_TYPES, cache_type, is_quantised, read_metadata
 DEFAULT_N_CTX = 32768  # with a budget, where it costs no memory
 _STOCK_N_CTX, _STOCK_N_BATCH = 512, 512  # llama_cpp's defaults
 _STOCK_N_UBATCH = 512  # compute buffers grow with it
-_MAX_SEQ = 256  # LLAMA_MAX_SEQ
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 _AUTO = -1  # LLAMA_FLASH_ATTN_TYPE_AUTO
 
@@ -86,9 +85,11 @@ def resolve(
     if n_ctx == 0:
         n_ctx = int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 0)) or _STOCK_N_CTX
     _at_least("n_ctx", n_ctx, 1)
+    from ._native import max_sequences
+
     n_seq = 1 if n_seq_max is None else _at_least("n_seq_max", n_seq_max, 1)
-    if n_seq > _MAX_SEQ:
-        raise ValueError(f"n_seq_max is {n_seq}, must be from 1 to {_MAX_SEQ}")
+    if n_seq > max_sequences():
+        raise ValueError(f"n_seq_max is {n_seq}, must be from 1 to {max_sequences()}")
     if pad_ctx(n_ctx) * n_seq >= 2**32:
         raise ValueError(f"n_ctx is {n_ctx} for {n_seq} sequences, must be below 2**32 in all")
     if n_batch is not None:

@@ -9,7 +9,7 @@ import click
 
 from rkv_local.cli import ui
 from rkv_local.cli.options import DEFAULT_CTX_FULL, default_threads, flash_of
-from rkv_local.cli.params import THREADS, GpuLayers, memory_option, model_option, opt
+from rkv_local.cli.params import THREADS, GpuLayers, Sequences, memory_option, model_option, opt
 from rkv_local.models import resolve
 from rkv_local.options import DEFAULT_N_CTX
 from rkv_local.sizes import MIB, show
@@ -27,7 +27,7 @@ TYPES = ("f16", "q8_0")
 @click.argument("name", metavar="[MODEL]", required=False)
 @model_option()
 @memory_option()
-@opt("-np --parallel", "Sequences at once.", click.IntRange(1, 256), 1)
+@opt("-np --parallel", "Sequences at once.", Sequences(), 1, "N")
 @opt("-t --threads", "CPU threads (default: the physical cores).", THREADS)
 @opt("-ngl --gpu-layers --n-gpu-layers", "Layers on the GPU.", GpuLayers(), "auto", "N|all|auto")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")

@@ -51,7 +51,8 @@ def fitted_bench(plan: BenchPlan, values: dict[str, Any]) -> BenchPlan:
         click.ClickException: nothing fits, or more is asked for than the machine has.
     """
     from rkv_local import RKVError
-    from rkv_local.memory import MOST_SEQ, Planner, largest
+    from rkv_local._native import max_sequences
+    from rkv_local.memory import Planner, largest
 
     auto = values["memory"] == "auto" and values["parallel"] is not None
     try:
@@ -68,7 +69,9 @@ def fitted_bench(plan: BenchPlan, values: dict[str, Any]) -> BenchPlan:
                 layers = largest(lambda n: n == 0 or made(replace(plan, gpu_layers=n)).fits, 0, n_layer)
                 chosen = replace(plan, gpu_layers=layers)
             if values["parallel"] is None:
-                n_seq = largest(lambda n: n == 1 or made(replace(chosen, parallel=n)).fits, 1, MOST_SEQ)
+                n_seq = largest(
+                    lambda n: n == 1 or made(replace(chosen, parallel=n)).fits, 1, max_sequences()
+                )
                 chosen = replace(chosen, parallel=n_seq)
             result = made(chosen)
     except (ValueError, RKVError) as err:

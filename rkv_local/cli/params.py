@@ -14,6 +14,8 @@ from rkv_local.options import DEFAULT_N_CTX, MAX_THREADS
 from rkv_local.shape import CACHE_TYPES
 from rkv_local.sizes import parse_size
 
+_USUAL_MAX_SEQ = 256  # below it no library has to be loaded to tell
+
 Decorator = Callable[[Any], Any]
 
 
@@ -76,14 +78,29 @@ class GpuLayers(click.ParamType):
         return number
 
 
-class Parallel(click.ParamType):
+class Sequences(click.ParamType):
+    """A number of sequences, up to what the libraries were built for."""
+
+    name = "n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number."""
+        n: int = click.IntRange(1).convert(value, param, ctx)
+        if n > _USUAL_MAX_SEQ:
+            from rkv_local._native import max_sequences
+
+            n = click.IntRange(1, max_sequences()).convert(value, param, ctx)
+        return n
+
+
+class Parallel(Sequences):
     """A number of sequences, or auto."""
 
     name = "n|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         """The number; None for auto."""
-        return None if value == "auto" else click.IntRange(1, 256).convert(value, param, ctx)
+        return None if value == "auto" else super().convert(value, param, ctx)
 
 
 class Memory(click.ParamType):

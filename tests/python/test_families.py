@@ -363,7 +363,7 @@ def governed(context: Context) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["window, sinks", "hybrid"])
 def test_part_of_a_compressed_state(models: dict[str, tuple[Model, Path]], kind: str) -> None:
-    """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: the window or the recurrent part by itself, to go back a few tokens."""
+    """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: the window or the recurrent part by itself, to go back."""
     model, _ = models[kind]
     with Context(model, Options(SMALL, 8, 8, n_ctx=512)) as context:
         context.feed(TOKENS[:200], chunk=8, last_only=True)

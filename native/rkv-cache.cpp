@@ -249,7 +249,7 @@ uint64_t rkv_cache::window_slots(uint32_t strm) const {
         }
         ++seen;
     }
-    if (slots == 0) { // all of the window was removed and nothing came after it: the removed tokens' queries judge
+    if (slots == 0 && c.get_used() > 0) { // all of the window was removed and nothing came after it: the removed tokens' queries judge
         for (uint32_t i = 0; i < params.window; ++i) {
             slots |= ring[i] >= 0 ? 1ull << i : 0;
         }

@@ -170,25 +170,71 @@ def rounds(seed: int, seconds: float, model_path: Path) -> None:
     print(f"{loads} {accepted}")
 
 
+def family_rounds(seed: int, seconds: float, folder: Path) -> None:
+    """The same on memories of several parts; those that are llama.cpp's own have no checksum."""
+    import numpy as np
+
+    from engine_tools import Context, Model, Options, llama_cpp
+    from families import SMALL, governed
+    from states import WHOLE, load, same, save
+    from tiny_families import N_VOCAB, write_family
+
+    rng = random.Random(seed)
+    kind = rng.choice(("window, sinks", "window, shared layers", "hybrid", "MLA"))
+    model = Model(write_family(folder / f"{seed}.gguf", kind))
+    options = Options(SMALL, 8, 8, n_ctx=256, n_seq=2)
+    stop = time.monotonic() + seconds
+    loads = accepted = 0
+    empty = Context(model, options)
+    nothing = governed(empty)
+    with empty, Context(model, options) as source, Context(model, options) as target:
+        while time.monotonic() < stop:
+            for context in (source, target):
+                llama_cpp.llama_memory_clear(context.memory, True)
+                for seq in range(2):
+                    n = rng.choice((0, 3, 20, 60, 120))
+                    context.feed([rng.randrange(1, N_VOCAB) for _ in range(n)], seq) if n else None
+            for _ in range(20):
+                seq = rng.choice((WHOLE, 0, 1))
+                data = mutated(rng, save(source, seq), save(target, seq))
+                before = [governed(target, s) for s in range(2)]
+                done = load(target, data, seq)
+                loads += 1
+                accepted += done > 0
+                for s in range(2):
+                    now = governed(target, s)
+                    if not any(same(now, x) for x in (before[s], governed(source, s), nothing)):
+                        raise AssertionError(f"{kind}: sequence {s} is half loaded (status {done})")
+                if done:
+                    target.try_decode([(1, target.pos_max(0) + 1, 0)])
+                    llama_cpp.llama_memory_clear(target.memory, True)
+                    for s in range(2):
+                        assert np.isfinite(target.feed([1] * 30, s)).all()
+    print(f"{loads} {accepted}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=None, help="default: from the clock")
+    parser.add_argument("--families", action="store_true", help="sliding windows, hybrids, MLA instead")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     seed = int(time.time()) if arguments.seed is None else arguments.seed
     if arguments.child:
-        rounds(seed, arguments.seconds, arguments.child)
+        (family_rounds if arguments.families else rounds)(seed, arguments.seconds, arguments.child)
         return
 
     from tiny_models import SMALL_SHAPE, write_model
 
     with tempfile.TemporaryDirectory() as folder:
-        path = write_model(Path(folder) / "small.gguf", SMALL_SHAPE)
+        path = Path(folder)
+        if not arguments.families:
+            path = write_model(path / "small.gguf", SMALL_SHAPE)
         stop, findings, loads, accepted = time.monotonic() + arguments.seconds, 0, 0, 0
         while (left := stop - time.monotonic()) > 0.5:
             command = [sys.executable, __file__, "--child", str(path), "--seed", str(seed)]
-            command += ["--seconds", str(min(ROUND, left))]
+            command += ["--seconds", str(min(ROUND, left))] + ["--families"] * arguments.families
             env = {**os.environ, "TMPDIR": folder}
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             if done.returncode != 0:

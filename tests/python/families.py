@@ -304,3 +304,17 @@ def check_model(model: Model, path: Path) -> Report:
     check_compactions(model, path, tokens, latest, report)
     check_unrotated(model, tokens[0])
     return report
+
+
+def governed(context: Context, seq: int = 0) -> list[NDArray[Any]]:
+    """Positions, queries and keys that a sequence holds in the layers which have a budget."""
+    layers = [il for il in range(context.model.n_layer) if (at := context.layer(il)) and at.budget > 0]
+    assert layers
+    out: list[NDArray[Any]] = [np.array(context.used(seq))]
+    for il in layers:
+        out += [
+            context.all_positions(il, seq),
+            context.queries(il, seq),
+            context.per_head("keys", il, seq),
+        ]
+    return out

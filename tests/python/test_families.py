@@ -21,7 +21,7 @@ import states
 import tiny_models
 from compaction import compact_and_check
 from engine_tools import Context, Model, NativeError, Options
-from families import SMALL, Report, check_compactions, check_model, sinks_of
+from families import SMALL, Report, check_compactions, check_model, governed, sinks_of
 from llamas import write_unsupported
 from tiny_families import KINDS, N_VOCAB, write_family
 
@@ -349,16 +349,6 @@ def test_a_compressed_state_comes_back(models: dict[str, tuple[Model, Path]], ki
             assert other.remove(0, -1, -1)
             assert states.load(other, data, seq) == len(data)
         assert same_logits(other)
-
-
-def governed(context: Context) -> list[Any]:
-    """Positions, keys and values of the layers that have a budget."""
-    layers = [il for il in range(context.model.n_layer) if (at := context.layer(il)) and at.budget > 0]
-    out: list[Any] = [np.array(context.used())]
-    for il in layers:
-        out += [context.all_positions(il), context.queries(il), context.per_head("keys", il)]
-    assert layers
-    return out
 
 
 @pytest.mark.parametrize("kind", ["window, sinks", "hybrid"])

@@ -27,6 +27,11 @@ def test_damaged_states() -> None:
     assert loads >= 60 and 0 < accepted < loads and findings == 0
 
 
+def test_damaged_states_of_several_parts() -> None:
+    loads, accepted, findings, _ = fuzz("fuzz_state.py", "--seconds", "4", "--families")
+    assert loads >= 60 and 0 < accepted < loads and findings == 0
+
+
 def test_random_calls() -> None:
     sequences, calls, findings, _ = fuzz("fuzz_api.py", "--seconds", "0.1", "--examples", "4")
     assert sequences >= 4 and calls > 50 and findings == 0

@@ -28,18 +28,31 @@ const char * rkv_policy_name(int32_t policy) {
 }
 
 rkv_stats rkv_get_stats(const llama_context * ctx) {
-    if (const rkv_cache * rkv = rkv_cache_of(ctx)) {
-        return rkv->stats();
-    }
     rkv_stats st = {};
-    const llama_kv_cache * kv = ctx ? rkv_attention_cache(ctx->get_memory()) : nullptr;
-    if (kv) {
-        st.cells = kv->get_size();
-        for (const auto & [_, size] : kv->memory_breakdown()) {
-            st.bytes += size;
-        }
-        st.bytes_kv = st.bytes;
+    if (!ctx || !ctx->get_memory()) {
+        return st;
     }
+    const auto size_of = [](const llama_memory_i & memory) {
+        uint64_t all = 0;
+        for (const auto & [_, size] : memory.memory_breakdown()) {
+            all += size;
+        }
+        return all;
+    };
+    const uint64_t all = size_of(*ctx->get_memory());
+    const llama_kv_cache * kv = rkv_attention_cache(ctx->get_memory());
+    if (!kv) {
+        st.bytes = all;
+        return st;
+    }
+    const uint64_t own = size_of(*kv);
+    if (const rkv_cache * rkv = rkv_cache_of(ctx)) {
+        st = rkv->stats();
+    } else {
+        st.cells = kv->get_size();
+        st.bytes = st.bytes_kv = own;
+    }
+    st.bytes += all - own; // windows, recurrent states
     return st;
 }
 

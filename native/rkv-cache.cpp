@@ -80,7 +80,11 @@ rkv_cache::rkv_cache(llama_kv_cache & kv, uint32_t n_stream, const filter_cb & f
     clear();
 }
 
-rkv_cache::~rkv_cache() = default;
+rkv_cache::~rkv_cache() {
+    if (rkv_pending * pending = rkv_pending_get(); pending && pending->cache == this) {
+        pending->cache = nullptr;
+    }
+}
 
 void rkv_cache::add_layer(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml_tensor * v) {
     const llama_hparams & hp = hparams();

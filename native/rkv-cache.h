@@ -149,7 +149,8 @@ public:
     std::vector<group_t>  groups; // [0] is the widest
     std::vector<stream_t> streams;
     std::vector<layer_t>  layers;
-    bool restored = false; // the last state_read succeeded
+    // how far the last state_read came: other parts of a memory are read after this one
+    enum { read_not_reached, read_refused, read_changed } read = read_not_reached;
 
 private:
     rkv_cache(llama_kv_cache & kv, uint32_t n_stream, const filter_cb & filter, const reuse_cb & reuse);
@@ -162,6 +163,8 @@ private:
     std::vector<ggml_tensor *> pass_nodes(ggml_context * ctx, const layer_t & layer, ggml_tensor * new_pos,
             ggml_tensor * jobs, ggml_tensor * rope) const;
     bool init_backends();
+    ggml_context_ptr pass_context() const;
+    bool close_up(uint32_t strm);
     bool give_up(const std::vector<uint32_t> & strms); // after a failure; false
     rkv_generic_layer  generic_layer(const layer_t & layer) const;
     rkv_generic::views generic_views(const layer_t & layer) const;
@@ -173,7 +176,6 @@ private:
     std::vector<span_t> state_spans(uint32_t strm, uint32_t first, uint32_t old, uint32_t end) const;
     void write_stream(llama_io_write_i & io, uint32_t strm);
     void read_stream (llama_io_read_i  & io, uint32_t strm);
-    void finish_copies();
     ggml_backend_t backend_of(const ggml_tensor * t) const;
 
     llama_kv_cache & kv;

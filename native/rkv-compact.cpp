@@ -49,6 +49,13 @@ std::vector<ggml_tensor *> gathered(ggml_context * ctx, const rkv_cache::layer_t
 
 } // namespace
 
+// room for the tensors and the graph of a pass over all layers
+ggml_context_ptr rkv_cache::pass_context() const {
+    const size_t n_tensors = layers.size()*(2*NODES_PER_LAYER + 5) + ropes.size() + 4*groups.size() + 16;
+    return ggml_context_ptr(ggml_init({ ggml_tensor_overhead()*n_tensors +
+        ggml_graph_overhead_custom(graph_size(layers.size()), false), nullptr, true }));
+}
+
 ggml_backend_t rkv_cache::backend_of(const ggml_tensor * t) const {
     const auto buft = ggml_backend_buffer_get_type(t->buffer);
     for (ggml_backend_t backend : backends) {
@@ -170,6 +177,9 @@ bool rkv_cache::give_up(const std::vector<uint32_t> & strms) {
 bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
     const int64_t t0 = ggml_time_us();
 
+    if (!why_not.empty() || !all_captured()) { // rkv_end_init() refuses such a context; one with a forced budget comes here
+        return rkv_set_error("a KV budget is not supported here: %s", why_not.empty() ? "queries cannot be seen" : why_not.c_str());
+    }
     bool ok = true;
     for (size_t i = 0; ok && i < strms.size(); i += n_jobs_max) {
         const std::vector<uint32_t> some(strms.begin() + i, strms.begin() + std::min(i + n_jobs_max, strms.size()));
@@ -195,13 +205,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         return false;
     }
 
-    ggml_init_params ip = {
-        /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(NODES_PER_LAYER + 5) + 4*groups.size() + 16) +
-                          ggml_graph_overhead_custom(graph_size(layers.size()), false),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx { ggml_init(ip) };
+    ggml_context_ptr ctx = pass_context();
     ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), graph_size(layers.size()), false);
 
     std::map<ggml_tensor *, std::vector<int32_t>> inputs;
@@ -331,6 +335,16 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
 
 // A removal in what was never compacted leaves free rows before or between used ones: close up.
 bool rkv_cache::close_holes(uint32_t strm) {
+    try {
+        return close_up(strm);
+    } catch (const std::exception & err) { // main memory is short
+        rkv_set_error("closing holes of the cache failed: %s", err.what());
+        return give_up({ strm });
+    }
+}
+
+bool rkv_cache::close_up(uint32_t strm) {
+    touched = false;
     auto & c = kv.v_cells[strm];
     const uint32_t first = streams[strm].old_end > 0 ? c.used_min() : n_start;
     const uint32_t end   = used_end(strm);
@@ -351,13 +365,7 @@ bool rkv_cache::close_holes(uint32_t strm) {
         }
     }
 
-    ggml_init_params ip = {
-        /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(NODES_PER_LAYER + 5) + 4*groups.size() + 16) +
-                          ggml_graph_overhead_custom(graph_size(layers.size()), false),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx { ggml_init(ip) };
+    ggml_context_ptr ctx = pass_context();
     ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), graph_size(layers.size()), false);
 
     std::map<ggml_tensor *, std::vector<int32_t>> inputs;
@@ -421,13 +429,7 @@ bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_t
         return false;
     }
     const int64_t n_jobs = n_jobs_max;
-    ggml_init_params ip = {
-        /*.mem_size   =*/ ggml_tensor_overhead()*(layers.size()*(2*NODES_PER_LAYER + 5) + ropes.size() + groups.size() + 16) +
-                          ggml_graph_overhead_custom(graph_size(layers.size()), false),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx { ggml_init(ip) };
+    ggml_context_ptr ctx = pass_context();
     ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), graph_size(layers.size()), false);
     const auto new_input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
         ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), type, ne0, ne1);

@@ -14,8 +14,11 @@ bool rkv_generic_forced() {
 bool rkv_has_kernel(ggml_backend_dev_t dev, const ggml_tensor * node) {
     const auto & par = *(const rkv_op_params *) node->op_params;
     const bool rare = par.sub_op == RKV_SUB_OP_SCORE && (node->src[6] || (node->src[5] && par.rope_begin > 0));
-    return (!rare || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) && !rkv_generic_forced() && strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") != 0 &&
-        ggml_backend_dev_supports_op(dev, node);
+    if (rkv_generic_forced() || (rare && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU)) {
+        return false;
+    }
+    const char * backend = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
+    return strcmp(backend, "RPC") != 0 && ggml_backend_dev_supports_op(dev, node);
 }
 
 namespace {

@@ -252,7 +252,7 @@ bool rkv_end_init() {
     if (!last_error.empty()) {
         return false;
     }
-    if (!done->taken) {
+    if (!done->taken || !done->cache) {
         return rkv_set_error("no context was created");
     }
     if (!done->cache->refusal().empty()) {

@@ -26,7 +26,7 @@ struct rkv_pending {
     bool taken  = false; // a cache has it
     rkv_cache * cache = nullptr; // that one
     bool failed = false;
-    bool forced = false; // by RKV_FORCE_BUDGET: where it is not supported there is none
+    bool forced = false; // by RKV_FORCE_BUDGET: where the model is known not to support it there is none, else the context fails
 };
 
 rkv_pending * rkv_pending_get(); // NULL where none is pending
@@ -43,6 +43,7 @@ void rkv_init_failed(const char * why);
 
 // called from llama_context where a state is read: llama_memory_i::state_read, after which nothing is half restored
 void rkv_state_read(llama_context & ctx, llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0);
+void rkv_state_begin(llama_context & ctx); // before a state is written or read: copies that wait are made
 void rkv_state_drop(llama_context & ctx, llama_seq_id seq_id = -1); // forget what was restored, on a context with a budget
 void rkv_state_check_length(uint32_t n_bytes); // of a text: throws where a damaged one is empty or would take gigabytes
 void rkv_state_failed(const char * why); // becomes rkv_last_error()

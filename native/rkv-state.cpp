@@ -168,7 +168,15 @@ std::vector<std::pair<std::string, std::string>> rkv_cache::state_traits() const
         ggml_backend_tensor_get(model.output_norm, data.data(), 0, data.size());
         norm.add(data.data(), data.size());
     }
-    const auto add = [this](const char * name, const std::string & value) { traits.emplace_back(name, value.substr(0, MAX_TEXT)); };
+    const auto add = [this](const char * name, const std::string & value) {
+        if (value.size() <= MAX_TEXT) {
+            traits.emplace_back(name, value);
+            return;
+        }
+        crc32 all;
+        all.add(value.data(), value.size());
+        traits.emplace_back(name, value.substr(0, MAX_TEXT - 16) + format(" (%08x)", all.value));
+    };
 
     add("the model shape", by_layer(layers, [&](const layer_t & l) {
         return format("%d/%d heads of %u/%u", l.n_head, l.n_head_kv, hp.n_embd_head_k(l.il), hp.n_embd_head_v(l.il));
@@ -226,33 +234,10 @@ std::vector<rkv_cache::span_t> rkv_cache::state_spans(uint32_t strm, uint32_t fi
     return spans;
 }
 
-// Copies that wait for the next decode: a state is read from, or goes into, what they will have made.
-void rkv_cache::finish_copies() {
-    if (kv.sc_info.empty()) {
-        return;
-    }
-    if (lctx) {
-        llama_synchronize(lctx);
-    }
-    for (size_t i = 0; i < kv.sc_info.ssrc.size(); ++i) {
-        const uint32_t src = kv.sc_info.ssrc[i], dst = kv.sc_info.sdst[i];
-        for (const auto & l : kv.layers) {
-            ggml_backend_tensor_copy(l.k_stream[src], l.k_stream[dst]);
-            if (l.v_stream[src]) {
-                ggml_backend_tensor_copy(l.v_stream[src], l.v_stream[dst]);
-            }
-        }
-        copy_stream(src, dst);
-    }
-    kv.sc_info.ssrc.clear();
-    kv.sc_info.sdst.clear();
-}
-
 void rkv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
     if (seq_id != -1 && stream_of(seq_id) < 0) {
         fail(format("there is no sequence %d: the context has %u", seq_id, n_stream));
     }
-    finish_copies();
 
     writer out { io };
     const auto lines = state_traits();
@@ -311,7 +296,7 @@ void rkv_cache::write_stream(llama_io_write_i & io, uint32_t strm) {
 }
 
 void rkv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
-    restored = false;
+    read = read_refused;
     rkv_set_error("%s", "");
     if (seq_id != -1 && stream_of(seq_id) < 0) {
         fail(format("there is no sequence %d: the context has %u", seq_id, n_stream));
@@ -351,21 +336,12 @@ void rkv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         fail(format("the state holds %u sequences, this context has %u", n_seq, n_stream));
     }
 
-    finish_copies();
     if (seq_id != -1) {
         read_stream(io, stream_of(seq_id));
     }
     for (uint32_t s = 0; seq_id == -1 && s < n_stream; ++s) {
-        try {
-            read_stream(io, s);
-        } catch (...) {
-            if (s > 0) { // some sequences were replaced already
-                kv.clear(true);
-            }
-            throw;
-        }
+        read_stream(io, s);
     }
-    restored = true;
 }
 
 // Replaces what a sequence holds, or throws and leaves it as it was.
@@ -458,6 +434,7 @@ void rkv_cache::read_stream(llama_io_read_i & io, uint32_t strm) {
     }
 
     // nothing can fail from here on
+    read = read_changed;
     const uint8_t * src = data.data();
     for (const span_t & span : spans) {
         ggml_backend_tensor_set(span.t, src, span.offset, span.size);
@@ -485,21 +462,34 @@ void rkv_cache::read_stream(llama_io_read_i & io, uint32_t strm) {
 void rkv_state_read(llama_context & ctx, llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     rkv_cache * rkv = rkv_cache_of(&ctx);
     if (rkv) {
-        rkv->restored = false;
+        rkv->read = rkv_cache::read_not_reached;
     }
+    rkv_state_begin(ctx);
     try {
         ctx.get_memory()->state_read(io, seq_id, flags);
-    } catch (...) {
-        if (rkv && rkv->restored) { // another part of the memory failed: the parts would not belong together
-            rkv_state_drop(ctx, seq_id);
+    } catch (const std::exception & err) {
+        if (!rkv || rkv->read == rkv_cache::read_refused) { // as it was: this part comes first
+            throw;
         }
-        throw;
+        // some sequences were replaced, or another part of the memory: what is left would not belong together
+        const std::string why = err.what();
+        rkv_state_drop(ctx, seq_id);
+        if (why.rfind("the state", 0) == 0) {
+            throw std::runtime_error(why);
+        }
+        throw std::runtime_error("the state's window or recurrent part is damaged, or of other settings (swa_full, cache type): " + why);
     }
 }
 
 void rkv_state_check_length(uint32_t n_bytes) {
     if (n_bytes == 0 || n_bytes > MAX_TEXT) {
         fail("the state is damaged: its first text makes no sense");
+    }
+}
+
+void rkv_state_begin(llama_context & ctx) {
+    if (rkv_cache_of(&ctx)) {
+        ctx.memory_update(false);
     }
 }
 

@@ -71,8 +71,9 @@ LLAMA_API bool rkv_end_init  (void);
 struct rkv_stats {
     bool     active;           // false: the context has no budget, and all below is 0 but cells and bytes
     uint32_t cells;            // allocated per sequence in the widest layer
-    uint64_t bytes;            // allocated for K, V, query rings, positions and stored scores, all sequences
-    uint64_t bytes_kv;         // of these K and V
+    uint64_t bytes;            // allocated for K, V, query rings, positions and stored scores, all sequences; and what the
+                               // memory has beside them: caches of sliding windows, recurrent states
+    uint64_t bytes_kv;         // of these K and V that the budget governs
     uint64_t compactions;      // one per sequence and pass
     uint64_t t_compaction_us;  // time spent in them
     uint64_t tokens_evicted;   // tokens dropped, averaged over layers and heads, rounded down

@@ -205,6 +205,8 @@ def family_rounds(seed: int, seconds: float, folder: Path) -> None:
                     now = governed(target, s)
                     if not any(same(now, x) for x in (before[s], governed(source, s), nothing)):
                         raise AssertionError(f"{kind}: sequence {s} is half loaded (status {done})")
+                    if target.used(s) == 0 and target.pos_max(s) != -1 and not done:
+                        raise AssertionError(f"{kind}: of sequence {s} a part is left (status {done})")
                 if done:
                     target.try_decode([(1, target.pos_max(0) + 1, 0)])
                     llama_cpp.llama_memory_clear(target.memory, True)

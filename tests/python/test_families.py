@@ -351,7 +351,64 @@ def test_a_compressed_state_comes_back(models: dict[str, tuple[Model, Path]], ki
         assert same_logits(other)
 
 
-@pytest.mark.parametrize("kind", ["window, sinks", "hybrid"])
+COMPOSITE = ["window, sinks", "hybrid"]
+
+
+def _two(model: Model) -> Context:
+    context = Context(model, Options(SMALL, 8, 8, n_ctx=512, n_seq=2))
+    for seq in range(2):
+        context.feed(TOKENS[seq : 150 + seq], seq, chunk=8, last_only=True)
+    return context
+
+
+@pytest.mark.parametrize("kind", COMPOSITE)
+def test_damage_in_a_later_sequence_leaves_nothing(models: dict[str, tuple[Model, Path]], kind: str) -> None:
+    """Each single byte of the second sequence's head: as it was, or empty in every part."""
+    model, _ = models[kind]
+    with _two(model) as context, Context(model, context.options) as new:
+        data, before = states.save(context), [governed(context, s) for s in range(2)]
+        fresh = [new.feed(TOKENS[:9], s) for s in range(2)]
+        at = [start for start, _ in states.sealed_parts(data, states.WHOLE, SMALL.window)][3]
+        for i in range(at, at + 40):
+            damaged = data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]
+            assert states.load(context, damaged) == 0
+            for s in range(2):
+                assert context.used(s) == 0 and context.pos_max(s) == -1
+                np.testing.assert_array_equal(context.feed(TOKENS[:9], s), fresh[s])
+        assert states.load(context, data) == len(data)
+        assert all(states.same(governed(context, s), before[s]) for s in range(2))
+
+
+@pytest.mark.parametrize("kind", COMPOSITE)
+def test_a_copy_is_saved_as_it_will_be(models: dict[str, tuple[Model, Path]], kind: str) -> None:
+    """llama.cpp copies rows at the next decode; a state before that holds, or replaces, what they will be."""
+    model, _ = models[kind]
+    with _two(model) as context, _two(model) as other:
+        for each in (context, other):
+            each.remove(1, -1, -1)
+            llama_cpp.llama_memory_seq_cp(each.memory, 0, 1, -1, -1)
+        data = states.save(context, 1)
+        expected = context.feed(TOKENS[150:160], 1, chunk=1)
+        assert states.load(other, data, 1) == len(data)
+        np.testing.assert_allclose(other.feed(TOKENS[150:160], 1, chunk=1), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", COMPOSITE)
+def test_a_damaged_part_of_a_state_leaves_nothing(models: dict[str, tuple[Model, Path]], kind: str) -> None:
+    model, _ = models[kind]
+    flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    with _two(model) as context:
+        size = llama_cpp.llama_state_seq_get_size_ext(context.ctx, 0, flags)
+        buffer = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data_ext(context.ctx, buffer, size, 0, flags) == size
+        held = governed(context, 1)
+        assert llama_cpp.llama_state_seq_set_data_ext(context.ctx, buffer, size - 50, 0, flags) == 0
+        assert "the state's window or recurrent part" in native.last_error()
+        assert context.used(0) == 0 and context.pos_max(0) == -1
+        assert states.same(governed(context, 1), held)
+
+
+@pytest.mark.parametrize("kind", COMPOSITE)
 def test_part_of_a_compressed_state(models: dict[str, tuple[Model, Path]], kind: str) -> None:
     """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: the window or the recurrent part by itself, to go back."""
     model, _ = models[kind]

@@ -309,9 +309,9 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         const uint32_t  window   = std::min(params.window, n);
         const llama_pos in_full  = pos[n - window]; // from here on every head holds the same tokens
         std::vector<llama_pos> kept(pos.end() - keep, pos.end());
-        if (keep < n) {
+        if (keep < n) { // should the window go, the sequence ends where it did before the window
             for (uint32_t i = 0; i < keep - window; ++i) {
-                kept[i] = i < params.pin ? pos[i] : in_full - (llama_pos) (keep - window - i);
+                kept[i] = i < params.pin ? pos[i] : pos[n - window - 1] - (llama_pos) (keep - window - 1 - i);
             }
         }
         const bool lost = std::any_of(layers.begin(), layers.end(), [&](const layer_t & l) {

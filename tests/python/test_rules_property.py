@@ -44,6 +44,7 @@ class Sequence:
     held: list[int] = field(default_factory=lambda: [0] * SHAPE.n_layer)  # cells per layer
     sealed: int = 0
     exact: int = 0
+    gone: set[int] = field(default_factory=set)  # positions that were removed, not evicted
 
     @property
     def n(self) -> int:
@@ -51,6 +52,7 @@ class Sequence:
 
     def forget(self, first: int, last: int) -> None:
         """Positions [first, last) are no longer attended to."""
+        self.gone |= set(range(first, last))
         for layer in range(SHAPE.n_layer):
             for head in range(SHAPE.n_head_kv):
                 seen = self.forward.visible[layer][head]
@@ -60,7 +62,8 @@ class Sequence:
     def truncate(self, n: int) -> None:
         """Positions from n on go; what then ends the sequence decides where it goes on."""
         self.forget(n, self.n)
-        n = max((p + 1 for p in self.forward.visible[0][0]), default=0)
+        n = max((p + 1 for p in range(n) if p not in self.gone), default=0)
+        self.gone = {p for p in self.gone if p < n}
         for layer in range(SHAPE.n_layer):
             del self.forward.keys[layer][n:], self.forward.values[layer][n:]
 

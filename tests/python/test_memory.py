@@ -289,7 +289,7 @@ def test_the_line() -> None:
     made = Plan(
         fits=True, weights_bytes=round(4.58 * GIB), kv_bytes=round(0.14 * GIB), rings_bytes=0,
         compute_bytes=round(0.25 * GIB), other_bytes=0, total_bytes=round(4.97 * GIB), limit_bytes=6 * GIB,
-        lacking_bytes=0, n_gpu_layers=0, n_layer=32, kv_budget=1024, cells=1152, cache_type="f16", n_seq=1,
+        lacking_bytes=0, n_gpu_layers=0, n_layer=32, kv_layers=32, kv_others=(), kv_budget=1024, cells=1152, cache_type="f16", n_seq=1,
         n_ctx=32768, n_batch=128, n_ubatch=128, use_mmap=True,
         devices=(memory.DevicePlan(MAIN, 0, 0, 0, 0, 0),), setting=Setting(),
     )  # fmt: skip

@@ -25,7 +25,6 @@ from ._structs import (
 )
 from .budget import POLICIES, KVBudget
 from .errors import RKVError
-from .shape import ModelShape
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -100,6 +99,11 @@ def last_error() -> str:
     return str(library().rkv_last_error().decode("utf-8", errors="replace"))
 
 
+def clear_error() -> None:
+    """Make last_error "": what it says later is of a later call."""
+    library().rkv_params_check(ctypes.byref(default_params()))
+
+
 def default_params() -> RkvParams:
     """The library's defaults; KVBudget's are the same."""
     params: RkvParams = library().rkv_default_params()
@@ -170,24 +174,6 @@ def init_context(model: Any, cparams: Any, kv: KVBudget) -> Any:
     if not ctx:
         raise RKVError(last_error() or "llama_init_from_model failed")
     return ctx
-
-
-def shape_of(ctx: Any) -> ModelShape:
-    """The shape of a context's model, from its metadata."""
-    low = _low()
-    model = low.llama_get_model(ctx)
-    buffer = ctypes.create_string_buffer(1 << 16)
-
-    def text(key: str) -> str | None:
-        n = low.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
-        return buffer.value.decode() if n >= 0 else None
-
-    arch = text("general.architecture")
-    suffixes = ("block_count", "embedding_length")
-    attention = ("head_count", "head_count_kv", "key_length", "value_length")
-    keys = [f"{arch}.{s}" for s in suffixes] + [f"{arch}.attention.{s}" for s in attention]
-    found = {key: value for key in keys if (value := text(key)) is not None}
-    return ModelShape.from_metadata({"general.architecture": arch, **found})
 
 
 def max_sequences() -> int:
@@ -292,6 +278,17 @@ def layer_of(ctx: Any, layer: int) -> RkvLayer:
     if not library().rkv_get_layer(ctx, layer, ctypes.byref(out)):
         raise IndexError(last_error())
     return out
+
+
+def governed_layers(ctx: Any) -> list[RkvLayer]:
+    """The layers whose cells are under the context's budget."""
+    low = _low()
+    found = []
+    for layer in range(low.llama_model_n_layer(low.llama_get_model(ctx))):
+        out = RkvLayer()
+        if library().rkv_get_layer(ctx, layer, ctypes.byref(out)) and out.budget > 0:
+            found.append(out)
+    return found
 
 
 def attn_scale(ctx: Any, layer: int) -> float:

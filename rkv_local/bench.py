@@ -21,6 +21,7 @@ from typing import Any
 
 from rkv_local import KVBudget, RKVError, _lib, _native
 from rkv_local.devices import resident
+from rkv_local.options import WITH_BUDGET
 from rkv_local.probe import Setting
 from rkv_local.shape import CACHE_TYPES
 
@@ -197,9 +198,13 @@ class Arm:
         )
         params.offload_kqv = plan.kv_offload
         params.type_k, params.type_v, params.no_perf = plan.type_k, plan.type_v, True
+        if kv:
+            for name, value in WITH_BUDGET.items():
+                setattr(params, name, value)
+        _native.clear_error()
         self.ctx = _native.init_context(model, params, kv) if kv else lib.llama_init_from_model(model, params)
         if not self.ctx:
-            raise RuntimeError("Failed to create llama_context")
+            raise RuntimeError(_native.last_error() or "Failed to create llama_context")
         self.memory = lib.llama_get_memory(self.ctx)
         self.batch = lib.llama_batch_init(params.n_batch, 0, 1)
         self.pos = 0

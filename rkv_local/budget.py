@@ -189,10 +189,10 @@ class KVBudget:
         type_v: str | int = "f16",
         n_ctx: int | None = None,
     ) -> int:
-        """Bytes that a context allocates for K, V, query rings, positions and stored scores; rkv_stats.bytes.
+        """Bytes of K, V, query rings, positions and stored scores if all KV heads are under the budget.
 
-        Of a model whose every layer attends to everything; one with windowed, recurrent or shared layers
-        needs less under the budget, and what llama.cpp gives those layers beside it.
+        Of a model whose every layer attends to everything that is KVStats.bytes. Where layers have a sliding
+        window, share a cache or are recurrent it is no bound in either direction: plan() measures those.
 
         Args:
             model: a ModelShape, a loaded Llama, or the path of a GGUF file (only its header is read).
@@ -210,11 +210,16 @@ class KVBudget:
             heads, d_k = shape.n_head_kv[layer], shape.n_embd_head_k[layer]
             total += cells * row_bytes(type_k, heads, d_k, "type_k")
             total += cells * row_bytes(type_v, heads, shape.n_embd_head_v[layer], "type_v")
-            if self.active:
-                # the window's queries and a row for all others; positions and stored floats
-                total += (self.window + 1) * shape.n_head[layer] * d_k * 4
-                total += (1 + self.n_aux) * cells * heads * 4
+            if heads > 0:  # else it has no cells, but maybe a recurrent state
+                total += self.added_bytes(cells, shape.n_head[layer], heads, d_k)
         return total * n_seq
+
+    def added_bytes(self, cells: int, n_head: int, n_head_kv: int, n_embd_head_k: int) -> int:
+        """Bytes that the budget adds to K and V of a layer with so many cells, per sequence."""
+        if not self.active:
+            return 0
+        # the window's queries and a row for all others; positions and stored floats
+        return (self.window + 1) * n_head * n_embd_head_k * 4 + (1 + self.n_aux) * cells * n_head_kv * 4
 
 
 def pad_ctx(n_ctx: int) -> int:

@@ -165,15 +165,15 @@ class Llama(llama_cpp.Llama):
             type_v=type_v,
             embedding=bool(stock.get("embedding")),
             n_outputs=n_outputs,
+            swa_full=stock.get("swa_full"),
         )
         if n_outputs is not None and (logits_all or stock.get("draft_model") is not None):
             raise ValueError("n_outputs must be None with logits_all or a draft_model: all logits are wanted")
         self.kv, self.n_seq_max, self._active = made.kv, made.n_seq_max, made.active
         self._n_ctx = made.n_ctx
         self._recorder: Recorder | None = None
-        if made.active and stock.get("swa_full") is None:
-            stock["swa_full"] = False  # llama.cpp's default is a window cache of n_ctx cells
         pending = _native.pending_budget(made.kv, made.n_layer) if made.kv and made.active else nullcontext()
+        _native.clear_error()
         try:
             with pending:
                 super().__init__(
@@ -191,7 +191,7 @@ class Llama(llama_cpp.Llama):
         except ValueError as error:
             if str(error) != "Failed to create llama_context":
                 raise
-            reason = _native.last_error() if self._active else ""
+            reason = _native.last_error()  # also without a budget: RKV_FORCE_BUDGET may have asked for one
             raise RKVError(reason or f"llama.cpp could not make a context for {model_path}") from None
 
         # llama_cpp sizes these by n_ctx, which may be large here, and takes seed 0 for no seed.
@@ -236,6 +236,8 @@ class Llama(llama_cpp.Llama):
         shape = self.shape
         if not 0 <= layer < shape.n_layer:
             raise IndexError(f"layer is {layer}, must be from 0 to {shape.n_layer - 1}")
+        if shape.n_head_kv[layer] == 0:
+            raise IndexError(f"layer {layer} has no KV heads")
         if not 0 <= head < shape.n_head_kv[layer]:
             raise IndexError(f"head is {head}, must be from 0 to {shape.n_head_kv[layer] - 1}")
         if self._active:

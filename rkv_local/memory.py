@@ -41,8 +41,8 @@ def plan(model_path: str | os.PathLike[str], memory: str | int = "auto", **setti
         memory: "6GiB", bytes, or "auto": what is free now on the device, less 1 GiB or a tenth of it.
         **settings: Llama's parameters that are decided already and are kept: kv, n_ctx, n_batch, n_ubatch,
             n_seq_max ("auto": as many as fit), type_k, type_v (names), flash_attn, n_gpu_layers, offload_kqv,
-            use_mmap, n_threads, n_threads_batch, n_outputs. What is not given starts at Llama's default and
-            may give way.
+            use_mmap, swa_full, n_threads, n_threads_batch, n_outputs. What is not given starts at Llama's
+            default and may give way.
 
     Returns:
         The plan; `fits` is False where nothing fits, and `reasons` then says what is missing.
@@ -125,7 +125,8 @@ class Planner:
                 max(p.weights for p in here), sum(p.kv for p in here), sum(p.compute for p in here)
             )
         most = max(m.resident for m in found)
-        return self._plan(settings[0], replace(found[0], parts=parts, resident=most, cells=0), ())
+        all_of_them = replace(found[0], parts=parts, resident=most, cells=0, layers=0, others=())
+        return self._plan(settings[0], all_of_them, ())
 
     def _plan(self, setting: Setting, measured: Measured, reasons: tuple[str, ...]) -> Plan:
         on_gpu = bool(self.gpus) and (setting.n_gpu_layers != 0 or self.for_gpus)
@@ -154,6 +155,8 @@ class Planner:
             lacking_bytes=lacking,
             n_gpu_layers=min(setting.n_gpu_layers % (1 << 31), layers) if on_gpu else 0,
             n_layer=self.shape.n_layer,
+            kv_layers=measured.layers,
+            kv_others=measured.others,
             kv_budget=measured.kv.budget if measured.kv else None,
             cells=measured.cells,
             cache_type=cache_name(setting),

@@ -34,7 +34,9 @@ class Plan:
 
     weights, kv (K, V, rings, positions: rings_bytes are the last two), compute (graphs, logits, compactions)
     and other (the program itself, or the GPU driver's share) make up the total; all in bytes. n_gpu_layers: 0
-    without a GPU; n_layer + 1 is all, with the output. kv_budget: None for a full cache of n_ctx cells.
+    without a GPU; n_layer + 1 is all, with the output. kv_layers: layers that have `cells`, 0 if not known;
+    kv_others: what else is in kv_bytes, "windows" (caches of sliding windows) and "states" (of recurrent
+    layers). kv_budget: None for a full cache of n_ctx cells.
     cache_type: of K, and of V where that is another, as K/V. lacking_bytes: how much too much it is. reasons:
     what was changed, or why nothing fits.
     """
@@ -50,6 +52,8 @@ class Plan:
     lacking_bytes: int
     n_gpu_layers: int
     n_layer: int
+    kv_layers: int
+    kv_others: tuple[str, ...]
     kv_budget: int | None
     cells: int
     cache_type: str
@@ -78,10 +82,13 @@ class Plan:
     def line(self) -> str:
         """One line in llama.cpp's manner."""
         unit = unit_of(self.total_bytes)
-        cells = f"{self.cells:,} cells × {self.n_layer} layers"
+        cells = f"{self.cells:,} cells"
+        if self.kv_layers:
+            cells += f" × {self.kv_layers} layer{'s' * (self.kv_layers > 1)}"
         if self.n_seq > 1:
             cells += f" × {self.n_seq} sequences"
-        kv = f"KV {show(self.kv_bytes, unit)}" + (f" ({cells})" if self.cells else "")
+        inside = " + ".join([*([cells] if self.cells else []), *self.kv_others])
+        kv = f"KV {show(self.kv_bytes, unit)}" + (f" ({inside})" if inside else "")
         parts = [f"model {show(self.weights_bytes, unit)}", kv, f"compute {show(self.compute_bytes, unit)}"]
         if self.other_bytes:
             parts.append(

@@ -14,6 +14,8 @@ _STOCK_N_CTX, _STOCK_N_BATCH = 512, 512  # llama_cpp's defaults
 _STOCK_N_UBATCH = 512  # compute buffers grow with it
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 _AUTO = -1  # LLAMA_FLASH_ATTN_TYPE_AUTO
+# llama_context_params of a context with a budget; llama.cpp's default is window caches of n_ctx cells
+WITH_BUDGET: dict[str, Any] = {"swa_full": False}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def resolve(
     type_v: str | int | None,
     embedding: bool,
     n_outputs: int | None = None,
+    swa_full: bool | None = None,
 ) -> Options:
     """Check what belongs together and fill in what was left out; parameters as in Llama.
 
@@ -107,7 +110,7 @@ def resolve(
         elif n_batch > kv.batch:
             raise ValueError(f"n_batch is {n_batch}, must be at most the budget's batch, {kv.batch}")
     chunk = min(_STOCK_N_BATCH if n_batch is None else n_batch, n_ctx)
-    forced: dict[str, Any] = {}
+    forced: dict[str, Any] = dict(WITH_BUDGET) if active and swa_full is None else {}
     if n_seq_max is not None:
         forced |= {"n_seq_max": n_seq, "kv_unified": False}
     if flash_attn is None:

@@ -14,7 +14,8 @@ from . import _native
 from .budget import KVBudget
 from .devices import resident
 from .errors import RKVError
-from .options import resolve
+from .options import Options, resolve
+from .shape import ModelShape
 
 _ALL_LAYERS = 0x7FFFFFFF  # as llama_cpp.Llama writes n_gpu_layers=-1
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
@@ -38,6 +39,7 @@ class Setting:
     n_gpu_layers: int = -1
     offload_kqv: bool = True
     use_mmap: bool = True
+    swa_full: bool | None = None
     n_threads: int | None = None
     n_threads_batch: int | None = None
 
@@ -69,7 +71,8 @@ class Measured:
 
     rings: bytes of query rings, positions and stored floats, which are in kv; copies: bytes of weights that
     are repacked in main memory, and there a second time while the file is mapped; resident: of this process
-    while the measured context was there.
+    while the measured context was there; layers: that have those cells, 0 if that is not known; others: what
+    else the cache is made of, "windows" and "states".
     """
 
     parts: dict[str, Part]
@@ -82,6 +85,8 @@ class Measured:
     n_ubatch: int
     n_seq: int
     kv: KVBudget | None
+    layers: int = 0
+    others: tuple[str, ...] = ()
 
 
 class Probe:
@@ -135,6 +140,7 @@ class Probe:
             type_v=setting.type_v,
             embedding=False,
             n_outputs=setting.n_outputs,
+            swa_full=setting.swa_full,
         )
         with _quiet(self._low) as errors:
             self._load(setting.n_gpu_layers, errors)
@@ -148,16 +154,23 @@ class Probe:
             params.offload_kqv = setting.offload_kqv
             params.flash_attn_type = _FLASH_ATTN[setting.flash_attn]
             params.type_k, params.type_v = made.type_k, made.type_v
+            if setting.swa_full is not None:
+                params.swa_full = setting.swa_full
             for name, value in made.forced.items():
                 setattr(params, name, value)
+            _native.clear_error()
             if made.kv is not None and made.active:
                 ctx = _native.init_context(self._model, params, made.kv)
             else:
                 ctx = self._low.llama_init_from_model(self._model, params)
             if not ctx:
-                raise RKVError(_reason(errors, f"llama.cpp could not make a context for {self.path}"))
+                otherwise = f"llama.cpp could not make a context for {self.path}"
+                raise RKVError(_native.last_error() or _reason(errors, otherwise))
             try:
                 memory, stats, base = _native.memory(ctx), _native.stats(ctx), resident()
+                layers, rings, others = self._geometry(
+                    ctx, setting, made, bool(params.swa_full), sum(m.cache for m in memory)
+                )
             finally:
                 self._low.llama_free(ctx)
         parts: dict[str, Part] = {}
@@ -172,7 +185,7 @@ class Probe:
         return Measured(
             parts=parts,
             cells=int(stats.cells),
-            rings=int(stats.bytes - stats.bytes_kv),
+            rings=rings,
             copies=copies,
             resident=base,
             n_ctx=made.n_ctx,
@@ -180,7 +193,34 @@ class Probe:
             n_ubatch=made.n_ubatch,
             n_seq=made.n_seq_max,
             kv=made.kv if made.active else None,
+            layers=layers,
+            others=others,
         )
+
+    def _geometry(
+        self, ctx: Any, setting: Setting, made: Options, swa_full: bool, cache: int
+    ) -> tuple[int, int, tuple[str, ...]]:
+        """Measured's layers, rings and others."""
+        low, model = self._low, self._model
+        windowed = low.llama_model_n_swa(model) > 0 and not swa_full
+        recurrent = low.llama_model_is_hybrid(model) or low.llama_model_is_recurrent(model)
+        states = ("states",) if recurrent else ()
+        shape = ModelShape.of(self.path)
+        attention = sum(heads > 0 for heads in shape.n_head_kv)
+        if made.kv is None or not made.active:
+            full = KVBudget(policy="none").bytes_for(
+                shape, made.n_seq_max, setting.type_k, setting.type_v, made.n_ctx
+            )
+            others = (*(["windows"] if windowed else []), *states)
+            # else some layers have no cells of their own: llama.cpp does not say how many
+            return attention if full in (cache, _native.stats(ctx).bytes_kv) else 0, 0, others
+        governed = _native.governed_layers(ctx)
+        rings = sum(
+            made.kv.added_bytes(at.budget + made.kv.headroom, at.n_head, at.n_head_kv, at.n_embd_head_k)
+            for at in governed
+        )
+        windows = ("windows",) if windowed and len(governed) < attention else ()
+        return len(governed), rings * made.n_seq_max, (*windows, *states)
 
     def _load(self, n_gpu_layers: int, errors: list[str]) -> None:
         if self._model and self._layers == n_gpu_layers:

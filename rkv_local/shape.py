@@ -89,7 +89,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: ModelShape | StockLlama | str | os.PathLike[str]) -> ModelShape:
-        """The shape of a loaded Llama or of a GGUF file, of which only the header is read.
+        """The shape of a GGUF file, of which only the header is read; of a loaded Llama's, too.
 
         Raises:
             ValueError: the file is missing or no GGUF, or says nothing about attention heads.
@@ -98,10 +98,11 @@ class ModelShape:
             return model
         if isinstance(model, (str, os.PathLike)):
             return cls.from_metadata(read_metadata(model))
-        metadata = getattr(model, "metadata", None)
-        if not isinstance(metadata, Mapping):
+        # not its metadata: llama.cpp leaves arrays out of it
+        path = getattr(model, "model_path", None)
+        if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"model is {type(model).__name__}, must be a Llama, a path or a ModelShape")
-        return cls.from_metadata(metadata)
+        return cls.from_metadata(read_metadata(path))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ModelShape:

@@ -19,7 +19,7 @@ def parse_size(value: str | int, field: str = "memory") -> int | None:
     """Bytes; None for 'auto'. A number without a unit is bytes.
 
     Raises:
-        ValueError: no such size, or less than one MiB, which is a forgotten unit.
+        ValueError: no such size, or less than one MiB, which most often is a forgotten unit.
     """
     if isinstance(value, str) and value.strip().lower() == "auto":
         return None
@@ -36,7 +36,10 @@ def parse_size(value: str | int, field: str = "memory") -> int | None:
     if size <= 0:
         raise ValueError(f"{field} is {value!r}, must be more than 0")
     if size < MIB:
-        raise ValueError(f"{field} is {value!r}, {size:,} bytes: was a unit forgotten? e.g. {value}GiB")
+        text = str(value).strip()
+        bare = text[-1] in "0123456789."
+        hint = f"was a unit forgotten? e.g. {text}GiB" if bare else "at least 1MiB is needed"
+        raise ValueError(f"{field} is {value!r}, {size:,} bytes: {hint}")
     if size >= 2**60:
         raise ValueError(f"{field} is {value!r}, which no machine has")
     return size

@@ -71,7 +71,7 @@ def rounds(seed: int, seconds: float, model_path: Path) -> None:
 
     import reference as ref
     from engine_tools import Context, Model, Options, llama_cpp
-    from states import WHOLE, contents, is_empty, load, same, save, sealed, sealed_parts
+    from states import WHOLE, contents, is_empty, load, load_file, same, save, sealed, sealed_parts
 
     rng = random.Random(seed)
     model = Model(model_path)
@@ -92,13 +92,10 @@ def rounds(seed: int, seconds: float, model_path: Path) -> None:
                     low = max(1, context.pos_max(seq) - 4)
                     context.remove(seq, low, low + 2)
 
-    def load_file(context: Context, data: bytes, seq: int) -> int:
+    def load_as_file(context: Context, data: bytes, seq: int) -> int:
         path = folder / "state"
         path.write_bytes(data)
-        name, out, n = str(path).encode(), (ctypes.c_int32 * 8)(), ctypes.c_size_t()
-        if seq == WHOLE:
-            return int(llama_cpp.llama_state_load_file(context.ctx, name, out, 8, ctypes.byref(n)))
-        return int(llama_cpp.llama_state_seq_load_file(context.ctx, name, seq, out, 8, ctypes.byref(n)))
+        return load_file(context, path, seq)
 
     def file_of(context: Context, seq: int) -> bytes:
         path, prompt = folder / "saved", (ctypes.c_int32 * 2)(1, 2)
@@ -139,7 +136,7 @@ def rounds(seed: int, seconds: float, model_path: Path) -> None:
                 else:
                     data = mutated(rng, data, other)
                 before = [contents(target, s) for s in range(3)]
-                done = (load_file if in_file else load)(target, data, to)
+                done = (load_as_file if in_file else load)(target, data, to)
                 loads += 1
                 accepted += done > 0
                 saved = {to: seq} if seq != WHOLE else {s: s for s in range(3)}

@@ -14,7 +14,7 @@ from rkv_local.cli import commands, reader, ui
 from rkv_local.cli.commands import State
 from rkv_local.cli.options import load_of, sampling_of
 from rkv_local.cli.params import length_option, load_options, model_option, opt, sampling_options
-from rkv_local.cli.run import check_max_tokens, check_stdout, check_text
+from rkv_local.cli.run import check_max_tokens, check_text
 from rkv_local.models import resolve
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def chat(name: str | None, **values: Any) -> None:
     MODEL is a GGUF file or a short name (default: smollm2). /help lists the commands, Ctrl-C stops an answer,
     Ctrl-D leaves. When stdin is not a terminal each line (or block between triple quotes) is a message.
     """
-    check_stdout()
     if sys.stdin is None:
         raise click.ClickException("stdin is closed: there is nobody to talk with")
     if name is not None and values["model"] is not None:

@@ -43,6 +43,9 @@ class Group(click.Group):
         """As click's, but for how failures are shown."""
         if not standalone_mode:
             return super().main(args, prog_name or "rkv-local", standalone_mode=False, **extra)
+        if sys.stdout is None:
+            ui.error("stdout is closed: there is nowhere to write the answer")
+            leave(1)
         try:
             if hasattr(sys.stdout, "reconfigure"):
                 sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding lacks

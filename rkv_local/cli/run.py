@@ -45,7 +45,6 @@ def run(words: tuple[str, ...], **values: Any) -> None:
     model, unless it is a short name or a .gguf file: then the prompt comes from stdin. With - as the prompt
     it comes from stdin too. The text goes to stdout, statistics to stderr.
     """
-    check_stdout()
     name, prompt = sort_words(words, values)
     model = resolve(name)  # before stdin is waited for
     prompt = checked_prompt(prompt, values["file"])
@@ -177,12 +176,6 @@ def checked_prompt(prompt: str | None, file: Path | None) -> str:
     if not prompt.strip():
         raise click.UsageError(f"{source} is empty")
     return prompt
-
-
-def check_stdout() -> None:
-    """Refuse to work for nobody."""
-    if sys.stdout is None:
-        raise click.ClickException("stdout is closed: there is nowhere to write the answer")
 
 
 def check_max_tokens(number: int) -> None:

@@ -27,14 +27,19 @@ TEXT = "The history of the lighthouse keepers. " + " ".join(
 MakeLlama = Callable[..., Llama]
 
 
+def open_llama(path: Path, **arguments: Any) -> Llama:
+    """A Llama with the tests' number of threads, which says nothing."""
+    common = {"n_threads": THREADS, "n_threads_batch": THREADS, "verbose": False}
+    return Llama(path, **{**common, **arguments})
+
+
 @pytest.fixture(scope="module")
 def make(smollm2_path: Path) -> Iterator[MakeLlama]:
     """Llamas on the default model, two threads, closed at the end of the module."""
     made: list[Llama] = []
 
     def build(**arguments: Any) -> Llama:
-        common = {"n_threads": THREADS, "n_threads_batch": THREADS, "verbose": False}
-        llama = Llama(smollm2_path, **{**common, **arguments})
+        llama = open_llama(smollm2_path, **arguments)
         made.append(llama)
         return llama
 

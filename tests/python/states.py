@@ -6,6 +6,7 @@ import ctypes
 import struct
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -38,6 +39,14 @@ def load(context: Context, data: bytes, seq: int = WHOLE) -> int:
     if seq == WHOLE:
         return int(llama_cpp.llama_state_set_data(context.ctx, buffer, len(data)))
     return int(llama_cpp.llama_state_seq_set_data(context.ctx, buffer, len(data), seq))
+
+
+def load_file(context: Context, path: Path, seq: int = WHOLE) -> int:
+    """llama_state_load_file, or of one sequence: 0 if refused."""
+    name, prompt, n = str(path).encode(), (ctypes.c_int32 * 8)(), ctypes.c_size_t()
+    if seq == WHOLE:
+        return int(llama_cpp.llama_state_load_file(context.ctx, name, prompt, 8, ctypes.byref(n)))
+    return int(llama_cpp.llama_state_seq_load_file(context.ctx, name, seq, prompt, 8, ctypes.byref(n)))
 
 
 def contents(context: Context, seq: int) -> list[NDArray[Any]]:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from cli_tools import error_line, invoke, mute, talker
-from rkv_local import KVBudget
+from rkv_local import KVBudget, _native
 from rkv_local.bench import Arm, Plan, Row, bench, lib, paired_ratio, trace
+from rkv_local.probe import MAIN, Probe
+from tiny_families import write_family
 
 KEYS = {
     *(
@@ -197,3 +199,23 @@ def test_bench_as_a_function_tells_what_it_does() -> None:
     assert [row.cache for row in rows] == ["full", "rkv"]
     assert told[0] == "loading the model"
     assert told[-1] == "depth 0, repetition 2/2 (full, flash attention off)"
+
+
+def test_windows_take_what_was_planned(tmp_path: Path) -> None:
+    """Of a model with sliding windows: each arm's cache is the one that its setting was measured with."""
+    model = write_family(tmp_path / "windows.gguf", "window, soft-cap")
+    plan = Plan(model, KVBudget(budget=64, buffer=32, batch=32), (1500,), 32, 1, (False,))
+    lib.llama_backend_init()
+    loaded = lib.llama_model_load_from_file(str(model).encode(), lib.llama_model_default_params())
+    try:
+        found = []
+        for kv, flash_attn, n_ctx in plan.arms():
+            arm = Arm(loaded, plan, kv, flash_attn, n_ctx, [])
+            found.append(sum(m.cache for m in _native.memory(arm.ctx)))
+            arm.close()
+    finally:
+        lib.llama_model_free(loaded)
+    with Probe(model) as probe:
+        assert found == [probe.measure(setting).parts[MAIN].kv for setting in plan.settings()]
+    full, small, _ = found
+    assert small < full / 5  # no window of n_ctx cells

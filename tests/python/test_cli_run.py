@@ -244,13 +244,18 @@ def test_bad_prompts_on_stdin(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("command", "closed", "code", "says"),
     [
-        ("run", "<&-", 2, "stdin is closed"),
-        ("run hi", ">&-", 1, "stdout is closed"),
-        ("chat", "<&-", 1, "stdin is closed"),
+        ("run -n 2", "<&-", 2, "stdin is closed"),
+        ("run hi -n 2", ">&-", 1, "stdout is closed"),
+        ("chat -n 2", "<&-", 1, "stdin is closed"),
+        ("chat -n 2", ">&-", 1, "stdout is closed"),
+        ("fit --memory 1GiB", ">&-", 1, "stdout is closed"),
+        ("devices", ">&-", 1, "stdout is closed"),
+        ("bench", ">&-", 1, "stdout is closed"),
+        ("--help", ">&-", 1, "stdout is closed"),
     ],
 )
 def test_closed_streams(command: str, closed: str, code: int, says: str) -> None:
-    line = f"{shlex.join(COMMAND)} {command} -n 2 {closed}"
+    line = f"{shlex.join(COMMAND)} {command} {closed}"
     done = subprocess.run(line, shell=True, env=environment(), capture_output=True, timeout=60)
     assert done.returncode == code
     assert done.stderr.decode().startswith("rkv-local: error: ") and says in done.stderr.decode()

@@ -23,7 +23,9 @@ from compaction import compact_and_check
 from engine_tools import Context, Model, NativeError, Options
 from families import SMALL, Report, check_compactions, check_model, governed, sinks_of
 from llamas import write_unsupported
-from tiny_families import KINDS, N_VOCAB, write_family
+from rkv_local import KVBudget, Llama, ModelShape, RKVError, _native, plan
+from rkv_local.probe import MAIN, Probe, Setting
+from tiny_families import KINDS, LFM2, N_HEAD, N_VOCAB, write_family
 
 import llama_cpp  # isort: skip  (engine_tools says which library it loads)
 
@@ -304,6 +306,96 @@ def test_the_table_has_nothing_wrong() -> None:
     results = [row[3].split(" |")[0] for row in rows if len(row) == 4 and row[3] != "result |"]
     assert len(results) >= 128
     assert all(result.startswith(("right", "refused: ")) for result in results)
+
+
+# --- sizes ---
+
+TINY = KVBudget(budget=64, buffer=32, batch=32)
+OTHERS = {  # layers under the budget, and the rest of the cache
+    "window, soft-cap": "2 layers + windows",
+    "window, sinks": "1 layer + windows",
+    "window, shared layers": "2 layers + windows",
+    "hybrid": "2 layers + states",
+    "draft head": "2 layers",
+    "MLA": "3 layers",
+}
+
+
+@pytest.mark.parametrize("setting", [Setting(kv=TINY), Setting(kv=TINY, swa_full=True), Setting(kv=None)])
+@pytest.mark.parametrize("kind", RIGHT)
+def test_a_plan_is_what_a_llama_takes(
+    models: dict[str, tuple[Model, Path]], kind: str, setting: Setting
+) -> None:
+    path, setting = models[kind][1], dataclasses.replace(setting, n_ctx=2048, n_threads=1, n_threads_batch=1)
+    with Probe(path) as probe:
+        measured = probe.measure(setting)
+    with Llama(path, verbose=False, **setting.arguments()) as llama:
+        real, stats = _native.memory(llama.ctx), llama.kv_stats()
+        full_windows = llama.context_params.swa_full
+    part = measured.parts[MAIN]
+    assert part.kv == sum(m.cache for m in real)
+    assert part.compute == sum(m.compute + m.temporary for m in real)
+    assert full_windows == (setting.kv is None or setting.swa_full is True)
+    # K, V and rings of what the budget governs, and the other parts
+    governed = stats.bytes_kv + measured.rings
+    assert governed <= part.kv and (governed == part.kv or kind.startswith(("window", "hybrid")))
+    if setting.kv is not None:
+        assert 0 < measured.rings < stats.bytes_kv
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_line_counts_the_layers_under_the_budget(
+    models: dict[str, tuple[Model, Path]], kind: str
+) -> None:
+    path = models[kind][1]
+    assert f"(96 cells × {OTHERS[kind]})" in plan(path, "2GiB", kv=TINY).line()
+    full = plan(path, "2GiB", kv=None, n_ctx=2048)
+    known = kind not in ("window, shared layers", "draft head")
+    assert full.kv_layers == (2 if kind == "hybrid" else KINDS[kind][1]) * known
+    assert ("windows" in full.kv_others, "states" in full.kv_others) == (False, kind == "hybrid")
+
+
+@pytest.mark.parametrize("n_head", [[N_HEAD, 0, N_HEAD], N_HEAD])
+def test_heads_that_differ_from_layer_to_layer(
+    n_head: int | list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's metadata has no arrays: the shape of a Llama comes from its file."""
+    arch, n_layer, _, layer, globally = KINDS["hybrid"]
+    monkeypatch.setitem(
+        KINDS, "hybrid", (arch, n_layer, LFM2 | {"attention.head_count": n_head}, layer, globally)
+    )
+    path = write_family(tmp_path / "hybrid.gguf", "hybrid")
+    with Llama(path, kv=TINY, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False) as llama:
+        assert llama.shape == ModelShape.of(path)
+        assert llama.shape.n_head_kv == (N_HEAD, 0, N_HEAD)
+        llama.eval(TOKENS[:150])
+        stats = llama.kv_stats()
+        assert stats.compactions > 0
+        assert llama.kv_kept(0, 0).size == llama.kv_kept(2, N_HEAD - 1).size == llama.kv_used()
+        with pytest.raises(IndexError, match="layer 1 has no KV heads"):
+            llama.kv_kept(1, 0)
+        assert stats.bytes_kv < TINY.bytes_for(llama) == TINY.bytes_for(path) <= stats.bytes
+        rings = TINY.bytes_for(llama) - stats.bytes_kv
+    with Probe(path) as probe:
+        assert probe.measure(Setting(kv=TINY)).rings == rings
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("x", "must be two numbers, budget:buffer"), ("10:5", "a budget of 10 cells leaves no")],
+)
+def test_a_bad_forced_budget_says_why(
+    models: dict[str, tuple[Model, Path]], monkeypatch: pytest.MonkeyPatch, value: str, says: str
+) -> None:
+    path = models["hybrid"][1]
+    monkeypatch.setenv("RKV_FORCE_BUDGET", value)
+    with pytest.raises(RKVError, match=f"RKV_FORCE_BUDGET.*{says}"):
+        Llama(path, kv=None, verbose=False)
+    with Probe(path) as probe, pytest.raises(RKVError, match=f"RKV_FORCE_BUDGET.*{says}"):
+        probe.measure(Setting(kv=None))
+    monkeypatch.delenv("RKV_FORCE_BUDGET")
+    with pytest.raises(RKVError, match="could not make a context for"):  # not that reason again
+        Llama(path, kv=None, type_k="q8_0", flash_attn=True, verbose=False)  # heads of 16, blocks of 32
 
 
 # --- states ---

@@ -12,7 +12,8 @@ import pytest
 import reference as ref
 from compaction import compact_and_check
 from engine_tools import THREADS, Context, Model, Options
-from rkv_local import KVBudget, Llama
+from llamas import open_llama
+from rkv_local import KVBudget, _native, plan
 
 PROMPT = (
     "The lighthouse stood on a small island off the coast of Norway. Its keeper, an old man named Erik, "
@@ -25,10 +26,6 @@ def gemma3(gemma3_path: Path) -> Iterator[Model]:
     model = Model(gemma3_path)
     yield model
     model.close()
-
-
-def llama(path: Path, **more: Any) -> Llama:
-    return Llama(path, n_threads=THREADS, n_threads_batch=THREADS, verbose=False, **more)
 
 
 def test_only_full_attention_has_the_budget(gemma3: Model) -> None:
@@ -69,7 +66,7 @@ def test_equal_to_stock_until_the_budget_is_reached(gemma3: Model) -> None:
 
 def test_text_past_several_compactions(gemma3_path: Path) -> None:
     """Words, not noise: mean log-probability of its own greedy text stays near that of a full cache."""
-    with llama(gemma3_path, kv=KVBudget(budget=96, buffer=32, batch=64)) as small:
+    with open_llama(gemma3_path, kv=KVBudget(budget=96, buffer=32, batch=64)) as small:
         text: Any = small.create_completion(PROMPT, max_tokens=200, temperature=0.0, repeat_penalty=1.2)
         stats, text = small.kv_stats(), text["choices"][0]["text"]
         assert stats.compactions >= 4 and stats.cells == 160
@@ -79,7 +76,7 @@ def test_text_past_several_compactions(gemma3_path: Path) -> None:
     words = text.split()
     assert len(words) > 80 and sum(w.strip(".,;:\"'!?()").isalpha() for w in words) > 0.8 * len(words)
     tokens: list[int] = []
-    with llama(gemma3_path, kv=None, n_ctx=1024, logits_all=True) as stock:
+    with open_llama(gemma3_path, kv=None, n_ctx=1024, logits_all=True) as stock:
         tokens = stock.tokenize(text.encode())
         stock.eval(tokens)
         logits = np.array(stock.scores[: len(tokens) - 1], np.float64)
@@ -88,11 +85,20 @@ def test_text_past_several_compactions(gemma3_path: Path) -> None:
     assert log_p[np.arange(len(tokens) - 1), tokens[1:]].mean() > -4
 
 
+@pytest.mark.parametrize("kv", [KVBudget(), None])
+def test_a_plan_is_what_it_takes(gemma3_path: Path, kv: KVBudget | None) -> None:
+    made = plan(gemma3_path, "3GiB", kv=kv, n_ctx=4096, use_mmap=True, n_gpu_layers=0)
+    with open_llama(gemma3_path, **made.arguments()) as loaded:
+        assert sum(m.cache for m in _native.memory(loaded.ctx)) == made.kv_bytes
+    cells = "1,280 cells × 3 layers + windows" if kv else "4,096 cells × 18 layers"
+    assert f"({cells})" in made.line()
+
+
 def test_prefix_reuse_reads_the_prompt_again(gemma3_path: Path) -> None:
     """A shorter prompt after a long one: removing the rest is refused, and the text is right."""
     kv = KVBudget(budget=512, buffer=64, batch=64)
     question = PROMPT + " the sea"
-    with llama(gemma3_path, kv=kv) as used, llama(gemma3_path, kv=kv) as fresh:
+    with open_llama(gemma3_path, kv=kv) as used, open_llama(gemma3_path, kv=kv) as fresh:
         used.create_completion(PROMPT + " the waves" * 330, max_tokens=4, temperature=0.0)
         got: Any = used.create_completion(question, max_tokens=24, temperature=0.0)
         want: Any = fresh.create_completion(question, max_tokens=24, temperature=0.0)

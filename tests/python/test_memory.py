@@ -65,6 +65,21 @@ def test_bad_sizes(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("6", "e.g. 6GiB"),
+        (512, "e.g. 512GiB"),
+        ("1.5 ", "e.g. 1.5GiB"),
+        ("1KiB", "at least 1MiB is needed"),
+        ("6B", "at least 1MiB is needed"),
+    ],
+)
+def test_a_forgotten_unit_is_a_bare_numbers(value: str | int, hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(hint) + "$"):
+        parse_size(value)
+
+
 @pytest.mark.parametrize("value", [None, True, 6.5, b"6GiB", -1, 0, 6])
 def test_bad_values(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^memory is "):
@@ -289,8 +304,8 @@ def test_the_line() -> None:
     made = Plan(
         fits=True, weights_bytes=round(4.58 * GIB), kv_bytes=round(0.14 * GIB), rings_bytes=0,
         compute_bytes=round(0.25 * GIB), other_bytes=0, total_bytes=round(4.97 * GIB), limit_bytes=6 * GIB,
-        lacking_bytes=0, n_gpu_layers=0, n_layer=32, kv_budget=1024, cells=1152, cache_type="f16", n_seq=1,
-        n_ctx=32768, n_batch=128, n_ubatch=128, use_mmap=True,
+        lacking_bytes=0, n_gpu_layers=0, n_layer=32, kv_layers=32, kv_others=(), kv_budget=1024, cells=1152,
+        cache_type="f16", n_seq=1, n_ctx=32768, n_batch=128, n_ubatch=128, use_mmap=True,
         devices=(memory.DevicePlan(MAIN, 0, 0, 0, 0, 0),), setting=Setting(),
     )  # fmt: skip
     text = "model 4.58 GiB + KV 0.14 GiB (1,152 cells × 32 layers) + compute 0.25 GiB = 4.97 of 6.00 GiB"
@@ -299,6 +314,9 @@ def test_the_line() -> None:
     assert "(1,152 cells × 32 layers × 2 sequences)" in made.line()
     assert made.line().endswith("+ program 1.00 GiB = 5.97 of 6.00 GiB")
     assert json.loads(json.dumps(made.as_dict()))["total_bytes"] == made.total_bytes
+    made = replace(made, n_seq=1, kv_layers=1, kv_others=("windows", "states"))
+    assert "(1,152 cells × 1 layer + windows + states)" in made.line()
+    assert "(1,152 cells + windows)" in replace(made, kv_layers=0, kv_others=("windows",)).line()
 
 
 # --- GPUs: none is here, so that what they say is made up ---

@@ -15,7 +15,7 @@ import pytest
 import engine_tools as native
 import reference as ref
 from engine_tools import Context, Model, Options
-from states import WHOLE, contents, is_empty, load, same, save, sealed, sealed_parts
+from states import WHOLE, contents, is_empty, load, load_file, same, save, sealed, sealed_parts
 from tiny_models import SMALL_SHAPE, Shape, write_model
 
 SPEC = ref.Spec(budget=20, window=4, pin=2)
@@ -132,17 +132,9 @@ def test_files(small: Model, tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_refused(small: Model, tmp_path: Path) -> None:
     path = tmp_path / "state"
-    prompt, read, n = (ctypes.c_int32 * 1)(1), (ctypes.c_int32 * 8)(), ctypes.c_size_t()
+    prompt, name = (ctypes.c_int32 * 1)(1), str(path).encode()
     with filled(small) as a, filled(small) as b:
         for seq in (WHOLE, 0):
-            name = str(path).encode()
-
-            def load_file(seq: int = seq, name: bytes = name) -> int:
-                ctx, size = b.ctx, ctypes.byref(n)
-                if seq == WHOLE:
-                    return int(llama_cpp.llama_state_load_file(ctx, name, read, 8, size))
-                return int(llama_cpp.llama_state_seq_load_file(ctx, name, seq, read, 8, size))
-
             if seq == WHOLE:
                 assert llama_cpp.llama_state_save_file(a.ctx, name, prompt, 1)
             else:
@@ -150,15 +142,15 @@ def test_a_damaged_file_is_refused(small: Model, tmp_path: Path) -> None:
             good = path.read_bytes()
             for bad in (good[:-1], good[: len(good) // 2], good[:40], good[:20], good[:13], b""):
                 path.write_bytes(bad)
-                assert not load_file()
+                assert not load_file(b, path, seq)
                 assert whole_or_empty(b, a, range(3))
             if seq == WHOLE:
                 path.write_bytes(good + b"more")
-                assert not load_file()
+                assert not load_file(b, path, seq)
                 assert native.last_error() == "the state is damaged: more bytes follow it"
                 assert all(is_empty(b, s) for s in range(3))
             path.write_bytes(good)
-            assert load_file()
+            assert load_file(b, path, seq)
             assert load(b, save(a)) > 0
 
 

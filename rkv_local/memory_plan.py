@@ -32,7 +32,7 @@ class DevicePlan:
 class Plan:
     """What a model is loaded with, and what that takes where the limit applies: the GPUs, else main memory.
 
-    weights, kv (K, V, rings, positions: rings_bytes are the last two), compute (graphs, logits, compactions)
+    weights, kv (K, V, windows and states, and what a budget adds: rings_bytes), compute (graphs, logits, compactions)
     and other (the program itself, or the GPU driver's share) make up the total; all in bytes. n_gpu_layers: 0
     without a GPU; n_layer + 1 is all, with the output. kv_layers: layers that have `cells`, 0 if not known;
     kv_others: what else is in kv_bytes, "windows" (caches of sliding windows) and "states" (of recurrent

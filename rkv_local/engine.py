@@ -56,10 +56,11 @@ _COUNTS = [field[0] for field in _native.RkvStats._fields_]
 
 @dataclass(frozen=True)
 class KVStats:
-    """What the cache is and did since the context was made. Without a budget all but cells and bytes is 0.
+    """What the cache is and did since the context was made. Without a budget all but the sizes is 0.
 
-    cells: allocated per sequence in the widest layer; bytes: allocated in all; bytes_kv: of these K and V;
-    compactions: one per sequence and pass; tokens_evicted: averaged over layers and heads.
+    cells: allocated per sequence in the widest layer; bytes: of all parts of the cache, windows and recurrent
+    states too; bytes_kv: of these K and V under the budget, without one those of the full cache; compactions:
+    one per sequence and pass; tokens_evicted: averaged over layers and heads.
     """
 
     policy: str

@@ -37,7 +37,7 @@ class Plan:
     n_gpu_layers: 0 without a GPU; n_layer + 1 is all, with the output. kv_layers: layers that have `cells`, 0
     if not known; kv_others: what else is in kv_bytes, "windows" (caches of sliding windows) and "states" (of
     recurrent layers). kv_budget: None for a full cache of n_ctx cells. cache_type: of K, and of V where that
-    is another, as K/V. lacking_bytes: how much too much it is. reasons: what was changed, or why nothing fits.
+    is another, as K/V. lacking_bytes: how much too much it is. reasons: what was changed, or why none fits.
     """
 
     fits: bool

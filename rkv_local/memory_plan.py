@@ -36,8 +36,8 @@ class Plan:
     compactions) and other (the program itself, or the GPU driver's share) make up the total; all in bytes.
     n_gpu_layers: 0 without a GPU; n_layer + 1 is all, with the output. kv_layers: layers with `cells`, 0
     if not known; kv_others: what else is in kv_bytes, "windows" (caches of sliding windows) and "states" (of
-    recurrent layers). kv_budget: None for a full cache of n_ctx cells. cache_type: of K, of V where that is
-    another, as K/V. lacking_bytes: how much too much it is. reasons: what was changed, or why nothing fits.
+    recurrent layers). kv_budget: None for a full cache of n_ctx cells. cache_type: of K, and of V where that
+    is another, as K/V. lacking_bytes: how much too much it is. reasons: what was changed, or why none fits.
     """
 
     fits: bool

@@ -33,6 +33,7 @@ from rkv_local.memory import FREE, Planner
 from rkv_local.probe import MAIN, Measured, Part, Probe, Setting
 from rkv_local.sizes import GIB, MIB, parse_size, show
 from rpc_client import has_rpc, started
+from tiny_families import write_family
 
 THREADS: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1}
 
@@ -294,8 +295,8 @@ def test_bad_arguments(repacked: Path, tmp_path: Path) -> None:
     assert plan(
         tmp_path / "alibi.gguf", kv=None, n_ctx=512
     ).fits  # without a budget it is a model like others
-    for kind in ("cohere2", "mamba"):
-        made = plan(write_unsupported(tmp_path / f"{kind}.gguf", kind), kv=None, n_ctx=512)
+    for kind, write in (("window only", write_family), ("mamba", write_unsupported)):
+        made = plan(write(tmp_path / f"{kind}.gguf", kind), kv=None, n_ctx=512)
         assert made.fits
         assert made.kv_bytes > 0
 

@@ -20,6 +20,12 @@ static size_t graph_size(size_t n_layer) { return n_layer*NODES_PER_LAYER*4 + 64
 
 namespace {
 
+ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1) {
+    ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
+    ggml_set_input(t);
+    return t;
+}
+
 struct group_io {
     ggml_tensor * jobs = nullptr;
     std::vector<int32_t> job_data;
@@ -210,14 +216,9 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
 
     std::map<ggml_tensor *, std::vector<int32_t>> inputs;
     std::map<ggml_tensor *, const std::vector<float> *> tables;
-    const auto new_input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
-        ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), type, ne0, ne1);
-        ggml_set_input(t);
-        return t;
-    };
 
     // true positions of the cells added since the last pass, by virtual row
-    ggml_tensor * new_pos = new_input(GGML_TYPE_I32, n_cells(), n_jobs);
+    ggml_tensor * new_pos = new_input(ctx.get(), GGML_TYPE_I32, n_cells(), n_jobs);
     auto & new_pos_data = inputs[new_pos];
     new_pos_data.assign(n_cells()*n_jobs, 0);
     for (int64_t i = 0; i < n_jobs; ++i) {
@@ -234,7 +235,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         if (g.jobs) {
             continue;
         }
-        g.jobs = new_input(GGML_TYPE_I32, RKV_JOB_N, n_jobs);
+        g.jobs = new_input(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, n_jobs);
         for (const uint32_t s : strms) {
             const range_t  r      = range(l, s);
             const uint32_t budget = groups[l.group].budget;
@@ -278,7 +279,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         if (params.policy == RKV_POLICY_LATEST && l.rope >= 0) {
             const auto * table = rope_table(l);
             if (!rope_inputs[l.rope]) {
-                rope_inputs[l.rope] = new_input(GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
+                rope_inputs[l.rope] = new_input(ctx.get(), GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
                 tables[rope_inputs[l.rope]] = table;
             }
             rope = rope_inputs[l.rope];
@@ -335,23 +336,23 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
 
 // A removal in what was never compacted leaves free rows before or between used ones: close up.
 bool rkv_cache::close_holes(uint32_t strm) {
+    bool ok = false;
+    touched = false;
     try {
-        return close_up(strm);
+        ok = close_up(strm);
     } catch (const std::exception & err) { // main memory is short
         rkv_set_error("closing holes of the cache failed: %s", err.what());
-        return give_up({ strm });
     }
+    return ok || give_up({ strm });
 }
 
 bool rkv_cache::close_up(uint32_t strm) {
-    touched = false;
     auto & c = kv.v_cells[strm];
     const uint32_t first = streams[strm].old_end > 0 ? c.used_min() : n_start;
     const uint32_t end   = used_end(strm);
     if (end - first == c.get_used()) {
         return true;
     }
-    touched = false;
     if (!init_backends()) {
         return false;
     }
@@ -395,8 +396,7 @@ bool rkv_cache::close_up(uint32_t strm) {
         if (l.generic) {
             touched = true;
             if (!generic->gather(backend_of(l.k), inputs[jobs].data(), inputs[rows], generic_views(l))) {
-                rkv_set_error("closing holes of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
-                return give_up({ strm });
+                return rkv_set_error("closing holes of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
             }
             continue;
         }
@@ -405,7 +405,7 @@ bool rkv_cache::close_up(uint32_t strm) {
         }
     }
     if (!run(gf, inputs, {})) {
-        return give_up({ strm });
+        return false;
     }
 
     std::vector<llama_pos> pos;
@@ -431,13 +431,8 @@ bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_t
     const int64_t n_jobs = n_jobs_max;
     ggml_context_ptr ctx = pass_context();
     ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), graph_size(layers.size()), false);
-    const auto new_input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
-        ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), type, ne0, ne1);
-        ggml_set_input(t);
-        return t;
-    };
 
-    ggml_tensor * new_pos = new_input(GGML_TYPE_I32, n_cells(), n_jobs);
+    ggml_tensor * new_pos = new_input(ctx.get(), GGML_TYPE_I32, n_cells(), n_jobs);
     std::vector<ggml_tensor *> jobs(groups.size()), rope(ropes.size());
     std::map<ggml_backend_t, size_t> own; // what kernels, and the generic path, take beside the graph
     for (const auto & l : layers) {
@@ -447,12 +442,12 @@ bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_t
             continue;
         }
         if (!jobs[l.group]) {
-            jobs[l.group] = new_input(GGML_TYPE_I32, RKV_JOB_N, n_jobs);
+            jobs[l.group] = new_input(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, n_jobs);
         }
         const bool rotates = params.policy == RKV_POLICY_LATEST && l.rope >= 0;
         if (rotates && !rope[l.rope]) {
             const auto * table = rope_table(l);
-            rope[l.rope] = new_input(GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
+            rope[l.rope] = new_input(ctx.get(), GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
         }
         for (ggml_tensor * node : pass_nodes(ctx.get(), l, new_pos, jobs[l.group], rotates ? rope[l.rope] : nullptr)) {
             ggml_build_forward_expand(gf, node);

@@ -9,7 +9,7 @@ struct test_rkv : public test_case {
     const rkv_case   c;
     const rkv_sub_op sub_op;
     rkv_case_data    d;
-    struct { ggml_tensor * k, * q, * pos, * new_pos, * jobs, * aux, * rope, * score, * idx; } in = {};
+    rkv_case_tensors in;
 
     test_rkv(const rkv_case & c, rkv_sub_op sub_op) : c(c), sub_op(sub_op), d(rkv_case_inputs(c)) {}
 
@@ -62,21 +62,10 @@ struct test_rkv : public test_case {
     }
 
     void initialize_tensors(ggml_context *) override {
-        const auto set = [](ggml_tensor * t, const auto & data) {
-            if (t) {
-                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
-            }
-        };
         for (ggml_tensor * t : sentinels) {
             init_tensor_uniform(t);
         }
-        set(in.k, d.k);
-        set(in.q, d.q);
-        set(in.pos, d.pos);
-        set(in.new_pos, d.new_pos);
-        set(in.jobs, d.jobs);
-        set(in.aux, d.aux);
-        set(in.rope, d.rope);
+        rkv_case_set(in, d);
         if (in.score) { // ties, and what must lose to everything or win over everything
             std::default_random_engine rng(1);
             std::vector<float> z(ggml_nelements(in.score));
@@ -84,14 +73,14 @@ struct test_rkv : public test_case {
                 const int r = rng()%64;
                 z[i] = r == 0 ? NAN : r == 1 ? INFINITY : r == 2 ? -INFINITY : (float) (r%16) - 8.0f;
             }
-            set(in.score, z);
+            ggml_backend_tensor_set(in.score, z.data(), 0, ggml_nbytes(in.score));
         }
         if (in.idx) {
             std::vector<int32_t> rows(ggml_nelements(in.idx));
             for (size_t i = 0; i < rows.size(); ++i) {
                 rows[i] = (int32_t) (i%d.n_keep_max*c.n_cells/d.n_keep_max);
             }
-            set(in.idx, rows);
+            ggml_backend_tensor_set(in.idx, rows.data(), 0, ggml_nbytes(in.idx));
         }
     }
 

@@ -418,6 +418,23 @@ void rkv_case_build(ggml_context * ctx, ggml_cgraph * gf, const rkv_case & c, co
     }
 }
 
+void rkv_case_set(const rkv_case_tensors & t, const rkv_case_data & d) {
+    const auto set = [](ggml_tensor * x, const auto & data) {
+        if (x) {
+            GGML_ASSERT(ggml_nbytes(x) == data.size()*sizeof(data[0]));
+            ggml_backend_tensor_set(x, data.data(), 0, ggml_nbytes(x));
+        }
+    };
+    set(t.k, d.k);
+    set(t.v, d.v);
+    set(t.q, d.q);
+    set(t.pos, d.pos);
+    set(t.new_pos, d.new_pos);
+    set(t.jobs, d.jobs);
+    set(t.aux, d.aux);
+    set(t.rope, d.rope);
+}
+
 rkv_case_result rkv_case_run(ggml_backend_t backend, const rkv_case & c, const rkv_case_data & d, const rkv_case_builder & build) {
     rkv_case_result r;
     ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*RKV_CASE_NODES + ggml_graph_overhead_custom(RKV_CASE_NODES, false), nullptr, true }) };
@@ -453,21 +470,7 @@ rkv_case_result rkv_case_run(ggml_backend_t backend, const rkv_case & c, const r
     }
     ggml_backend_buffer_clear(buf.get(), 0xa5); // unwritten outputs must not pass for zeros
 
-    const auto set = [](ggml_tensor * x, const auto & data) {
-        if (x) {
-            GGML_ASSERT(ggml_nbytes(x) == data.size()*sizeof(data[0]));
-            ggml_backend_tensor_set(x, data.data(), 0, ggml_nbytes(x));
-        }
-    };
-    set(t.k, d.k);
-    set(t.v, d.v);
-    set(t.q, d.q);
-    set(t.pos, d.pos);
-    set(t.new_pos, d.new_pos);
-    set(t.jobs, d.jobs);
-    set(t.aux, d.aux);
-    set(t.rope, d.rope);
-
+    rkv_case_set(t, d);
     if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
         r.error = "failed to compute";
         return r;

@@ -76,6 +76,8 @@ void rkv_case_get(const ggml_tensor * x, std::vector<T> & data) { // a tensor th
     }
 }
 
+void rkv_case_set(const rkv_case_tensors & t, const rkv_case_data & d); // inputs; tensors that are NULL are left out
+
 // what moves: views [unit, n_cells, lines, n_stream]
 std::vector<ggml_tensor *> rkv_case_moved(ggml_context * ctx, const rkv_case & c, const rkv_case_tensors & t);
 

@@ -39,16 +39,7 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
         r.error = "out of memory";
         return r;
     }
-    const auto set = [](ggml_tensor * x, const auto & data) {
-        if (x) {
-            ggml_backend_tensor_set(x, data.data(), 0, ggml_nbytes(x));
-        }
-    };
-    set(t.k, d.k);
-    set(t.v, d.v);
-    set(t.q, d.q);
-    set(t.pos, d.pos);
-    set(t.aux, d.aux);
+    rkv_case_set(t, d);
 
     const rkv_generic_layer layer = { t.k, t.q, t.pos, t.aux, d.rope.empty() ? nullptr : &d.rope, rkv_case_params(c) };
     const auto views = [&](ggml_context * in) { return rkv_case_moved(in, c, t); };

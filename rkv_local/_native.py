@@ -280,14 +280,14 @@ def layer_of(ctx: Any, layer: int) -> RkvLayer:
     return out
 
 
-def governed_layers(ctx: Any) -> list[RkvLayer]:
-    """The layers whose cells are under the context's budget."""
+def governed_layers(ctx: Any) -> dict[int, RkvLayer]:
+    """The layers whose cells are under the context's budget, by number."""
     low = _low()
-    found = []
+    found = {}
     for layer in range(low.llama_model_n_layer(low.llama_get_model(ctx))):
         out = RkvLayer()
         if library().rkv_get_layer(ctx, layer, ctypes.byref(out)) and out.budget > 0:
-            found.append(out)
+            found[layer] = out
     return found
 
 

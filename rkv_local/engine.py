@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -111,6 +111,8 @@ class Llama(llama_cpp.Llama):
     tokenizer_: Any
     n_tokens: int
     _draft: LlamaDraftModel | None
+    # called after each decode with the position of its first token; compactions come before a decode
+    on_decode: Callable[[int], None] | None = None
 
     @property
     def context_params(self) -> Any:
@@ -285,6 +287,8 @@ class Llama(llama_cpp.Llama):
             # Last, so that Ctrl-C before it leaves tokens that the next _settle removes.
             self.n_tokens = past + n
             self._requires_eval = False
+            if self.on_decode is not None:
+                self.on_decode(past)
 
     def check_outputs(self, n: int) -> None:
         """Refuse a decode with more rows of logits than there is room for; llama.cpp would abort.

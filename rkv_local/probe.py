@@ -217,7 +217,7 @@ class Probe:
         governed = _native.governed_layers(ctx)
         rings = sum(
             made.kv.added_bytes(at.budget + made.kv.headroom, at.n_head, at.n_head_kv, at.n_embd_head_k)
-            for at in governed
+            for at in governed.values()
         )
         windows = ("windows",) if windowed and len(governed) < attention else ()
         return len(governed), rings * made.n_seq_max, (*windows, *states)

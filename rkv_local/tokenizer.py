@@ -45,9 +45,9 @@ class PieceTokenizer(LlamaTokenizer):
         self._pieces = {special: _Pieces(self._model.vocab, special) for special in (False, True)}
         self._last: dict[bool, tuple[list[int], bytes]] = {False: ([], b""), True: ([], b"")}
 
-    def piece(self, token: int) -> bytes:
-        """A token's text; nothing for control tokens."""
-        return self._pieces[False][token]
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """A token's text; for control tokens nothing, or with `special` their name."""
+        return self._pieces[special][token]
 
     def detokenize(
         self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False

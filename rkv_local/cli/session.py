@@ -196,7 +196,7 @@ class Session:
         limit = room if max_tokens < 0 else min(max_tokens, room)
         llama = self.llama
         llama.sampling, llama.grammar_text, llama.interrupt = sampling, grammar, interrupt
-        llama.banned = self._end_tokens if ignore_eos else ()
+        llama.banned = self.end_tokens if ignore_eos else ()
         llama.n_evaluated = 0
         decoder, matcher = Utf8Decoder(), StopMatcher(stop)
         splitter = ThinkingSplitter(opened) if split else None
@@ -301,7 +301,8 @@ class Session:
             yield kind, text
 
     @cached_property
-    def _end_tokens(self) -> list[int]:
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a generation."""
         n = lib.llama_vocab_n_tokens(self.vocab)
         return [t for t in range(n) if lib.llama_vocab_is_eog(self.vocab, t)]
 

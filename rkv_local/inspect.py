@@ -82,7 +82,7 @@ class Recording:
         return [piece.decode("utf-8", errors="backslashreplace") for piece in self.pieces]
 
     def held(self, step: int, layer: int | None = None, head: int | None = None) -> npt.NDArray[np.bool_]:
-        """Which of the tokens so far each row holds after a step: bool [rows of that layer and head, ends[step]].
+        """Which of the tokens so far the rows of a layer and head hold after a step: bool [rows, ends[step]].
 
         Args:
             step: negative counts from the last.
@@ -96,7 +96,7 @@ class Recording:
         return held
 
     def counts(self, step: int, layer: int | None = None, head: int | None = None) -> Ints:
-        """How many of the chosen rows hold each of the tokens so far: int32 [ends[step]]. Raises as held()."""
+        """How many of these rows hold each of the tokens so far: int32 [ends[step]]. Raises as held()."""
         return self.held(step, layer, head).sum(axis=0, dtype=np.int32)
 
     def summary(self, step: int, layer: int | None = None, head: int | None = None) -> Summary:

@@ -132,7 +132,9 @@ def watch(
 
 def compactions(n: int) -> str:
     """How many there were; what to do about none."""
-    return ui.plural(n, "compaction") + ("" if n else ": nothing was evicted; a smaller --kv-budget shows more")
+    return ui.plural(n, "compaction") + (
+        "" if n else ": nothing was evicted; a smaller --kv-budget shows more"
+    )
 
 
 def destination(output: str | None, kind: str | None) -> tuple[str, Path | None]:

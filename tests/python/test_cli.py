@@ -22,7 +22,8 @@ from rkv_local.cli.run import sort_words
 def test_help_lists_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert [name for name in COMMANDS if name in result.stdout] == ["run", "chat", "fit", "devices", "bench"]
+    listed = ["run", "chat", "fit", "devices", "bench", "inspect"]
+    assert [name for name in COMMANDS if name in result.stdout] == listed
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -76,6 +76,7 @@ class Browser:
 
     def point(self, selector: str) -> None:
         """Move the pointer over an element."""
+        self.js("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
         origin = self._call("POST", "/element", {"using": "css selector", "value": selector})
         move = [{"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": origin}]
         self._call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": move}]})

@@ -354,9 +354,12 @@ def test_page_pointer_and_keys_tell_the_token(shown: web.Browser, recording: Rec
         )
         assert f"held by {counts[token]} of 6 heads" in detail
     assert f"by none since compaction {recording.gone[:, dropped].max() + 1}" in shown.text("#detail")
-    shown.js("document.querySelector('#text').focus()")
+    shown.js("document.querySelector('#text').focus({preventScroll: true}); window.scrollTo(0, 0)")
     shown.press("Shift", "ArrowRight")
     assert f"· position {dropped + 1} " in shown.text("#detail")
+    on_top = """const box = document.querySelector(".at").getClientRects()[0];
+                return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2).className"""
+    assert "at" in shown.js(on_top).split()  # scrolled to, and not below a bar
     assert shown.text("#where").startswith(f"{last + 1} of ")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from .shape import ModelShape, row_bytes
@@ -29,6 +30,7 @@ SCHEDULES: dict[str, str] = {
     "uniform": "the same budget in every layer",
     "pyramid": "wide first layers, narrow last ones, linear in between (PyramidKV, arXiv 2406.02069)",
 }
+CALIBRATED = "calibrated"  # or the name of a calibration's file, see calibration.py
 
 # PyramidKV's beta: the last layer keeps 1/20 of the average (section 4.2 of the paper).
 _PYRAMID_BETA = 20
@@ -55,7 +57,8 @@ class KVBudget:
         n_sim: how many of the highest similarities `latest` averages, 1 to 4.
         reference: `rkv` only: a key without a copy zeroes column 0, as the authors' code does.
         batch: most tokens of one sequence in one decode; None stands for max(buffer, 256).
-        layer_budgets: None, a key of SCHEDULES, or one budget per layer, each at least window + pin + 1.
+        layer_budgets: None, a key of SCHEDULES, "calibrated" (by the file beside the model), the name of such
+            a file (.json), or one budget per layer, each at least window + pin + 1.
 
     Raises:
         ValueError: a value out of range; one line with the field, the value and what is allowed.
@@ -103,11 +106,11 @@ class KVBudget:
 
     def _checked_layer_budgets(self) -> str | tuple[int, ...] | None:
         given = self.layer_budgets
-        allowed = f"must be one of {', '.join(SCHEDULES)} or one number per layer"
+        allowed = f"must be one of {', '.join(SCHEDULES)}, {CALIBRATED}, a .json file or one number per layer"
         if given is None:
             return None
         if isinstance(given, str):
-            if given not in SCHEDULES:
+            if given not in (*SCHEDULES, CALIBRATED) and not given.endswith(".json"):
                 raise ValueError(f"layer_budgets is {given!r}, {allowed}")
             return given
         try:
@@ -151,7 +154,7 @@ class KVBudget:
         """Cells that each layer keeps. A named schedule sums to exactly n_layer * budget.
 
         Raises:
-            ValueError: layer_budgets has another length than n_layer.
+            ValueError: layer_budgets has another length than n_layer, or is calibrated: see for_model().
         """
         if n_layer < 1:
             raise ValueError(f"n_layer is {n_layer}, must be at least 1")
@@ -163,7 +166,33 @@ class KVBudget:
             return list(self.layer_budgets)
         if self.layer_budgets == "pyramid":
             return _pyramid(n_layer, self.budget, self.least_budget)
+        if self.is_calibrated:
+            raise ValueError(
+                f"layer_budgets is {self.layer_budgets!r}: for_model() tells what it is for a model"
+            )
         return [self.budget] * n_layer
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether layer_budgets are a calibration's, so that they depend on the model."""
+        return isinstance(self.layer_budgets, str) and self.layer_budgets not in SCHEDULES
+
+    def for_model(self, model: str | PathLike[str], n_layer: int | None = None) -> KVBudget:
+        """The same with a calibration's layer_budgets as numbers; itself where they are not calibrated.
+
+        Args:
+            model: the GGUF file. n_layer: its layers, if the number is to be checked.
+
+        Raises:
+            ValueError: there is no calibration, it is damaged, or of another model or policy.
+        """
+        if not self.is_calibrated or not self.active:
+            return self
+        from .calibration import layer_budgets
+
+        given = str(self.layer_budgets)
+        found = layer_budgets(model, given, self.policy, self.budget, self.least_budget, n_layer)
+        return replace(self, layer_budgets=tuple(found))
 
     def cells(self, n_layer: int, n_ctx: int | None = None) -> list[int]:
         """Cells allocated per sequence in each layer: B_l + max(buffer, batch).
@@ -204,9 +233,11 @@ class KVBudget:
             ValueError: an unknown type, one whose blocks do not divide the head size, a file that is no GGUF.
         """
         shape = ModelShape.of(model)
+        path = model if isinstance(model, (str, os.PathLike)) else getattr(model, "model_path", None)
+        kv = self if path is None else self.for_model(path, shape.n_layer)
         n_seq = _integer("n_seq", n_seq, 1, 2**31 - 1)
         total = 0
-        for layer, cells in enumerate(self.cells(shape.n_layer, n_ctx)):
+        for layer, cells in enumerate(kv.cells(shape.n_layer, n_ctx)):
             heads, d_k = shape.n_head_kv[layer], shape.n_embd_head_k[layer]
             total += cells * row_bytes(type_k, heads, d_k, "type_k")
             total += cells * row_bytes(type_v, heads, shape.n_embd_head_v[layer], "type_v")

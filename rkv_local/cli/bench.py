@@ -79,6 +79,7 @@ def bench(**values: Any) -> None:
             raise click.UsageError(f"-ctv {values['cache_type_v']} needs flash attention: -fa on")
         settings = (True,)
     model = resolve(values["model"])
+    kv = kv and kv.for_model(model.path)
 
     from rkv_local.bench import Plan
     from rkv_local.bench import bench as measure

@@ -22,6 +22,7 @@ COMMANDS = {
     "devices": "devices",
     "bench": "bench",
     "inspect": "inspect",
+    "calibrate": "calibrate",
 }
 
 

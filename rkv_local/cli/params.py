@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rkv_local.budget import POLICIES
+from rkv_local.budget import CALIBRATED, POLICIES, SCHEDULES
 from rkv_local.cli.options import DEFAULT_CTX_FULL
 from rkv_local.options import DEFAULT_N_CTX, MAX_THREADS
 from rkv_local.shape import CACHE_TYPES
@@ -42,19 +42,22 @@ def list_policies(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 
 class LayerBudgets(click.ParamType):
-    """A named schedule, or one number per layer."""
+    """A named schedule, a calibration, or one number per layer."""
 
-    name = "schedule|n,n,..."
+    name = "schedule|file|n,n,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """'uniform', 'pyramid', or a tuple of ints."""
-        if not isinstance(value, str) or value in ("uniform", "pyramid"):
+        """'uniform', 'pyramid', 'calibrated', the name of a .json file, or a tuple of ints."""
+        if not isinstance(value, str) or value in (*SCHEDULES, CALIBRATED) or value.endswith(".json"):
             return value
         try:
             return tuple(int(part) for part in value.split(","))
         except ValueError:
             self.fail(
-                f"{value!r} is neither uniform, pyramid nor numbers with commas between them", param, ctx
+                f"{value!r} is neither {', '.join((*SCHEDULES, CALIBRATED))}, a .json file nor numbers with "
+                "commas between them",
+                param,
+                ctx,
             )
 
 
@@ -165,19 +168,20 @@ def model_option() -> Decorator:
     return opt("-m --model", "A GGUF file or a short name.", metavar="MODEL")
 
 
-def cache_options() -> Decorator:
-    """The budget of the cache."""
+def cache_options(budget: int = 1024) -> Decorator:
+    """The budget of the cache. budget: the default."""
     policies = f"What is kept: {', '.join(POLICIES)}; `list` explains them."
     return stack(
         opt("--kv-policy", policies, PolicyParam(), "rkv", "POLICY", callback=list_policies, is_eager=True),
-        opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, 1024),
+        opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, budget),
         opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
         opt("--kv-pin", "First tokens that are never evicted.", AT_LEAST_0, 4),
         opt("--kv-window", "Last tokens, always kept, whose queries judge importance.", AT_LEAST_1, 8),
         opt("--kv-lambda", "Weight of importance against redundancy.", SHARE, 0.1, "X"),
         opt(
             "--kv-layer-budgets",
-            "uniform, pyramid, or N,N,...: one per layer.",
+            "uniform, pyramid, calibrated (by `rkv-local calibrate`), a calibration's FILE.json, or N,N,...: "
+            "one per layer.",
             LayerBudgets(),
             None,
             "BUDGETS",

@@ -22,7 +22,7 @@ from rkv_local.cli.run import sort_words
 def test_help_lists_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    listed = ["run", "chat", "fit", "devices", "bench", "inspect"]
+    listed = ["run", "chat", "fit", "devices", "bench", "inspect", "calibrate"]
     assert [name for name in COMMANDS if name in result.stdout] == listed
 
 

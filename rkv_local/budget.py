@@ -184,14 +184,13 @@ class KVBudget:
             model: the GGUF file. n_layer: its layers, if the number is to be checked.
 
         Raises:
-            ValueError: there is no calibration, it is damaged, or of another model or policy.
+            ValueError: there is no calibration, it is damaged, or of another model.
         """
         if not self.is_calibrated or not self.active:
             return self
         from .calibration import layer_budgets
 
-        given = str(self.layer_budgets)
-        found = layer_budgets(model, given, self.policy, self.budget, self.least_budget, n_layer)
+        found = layer_budgets(model, str(self.layer_budgets), self.budget, self.least_budget, n_layer)
         return replace(self, layer_budgets=tuple(found))
 
     def cells(self, n_layer: int, n_ctx: int | None = None) -> list[int]:

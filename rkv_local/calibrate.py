@@ -60,7 +60,7 @@ def full_cache(kv: KVBudget, length: int) -> KVBudget:
             f"length is {length}, must be at least {kv.budget + 2 * kv.buffer} with budget {kv.budget} and "
             f"buffer {kv.buffer}"
         )
-    return replace(kv, budget=length, layer_budgets=None)
+    return replace(kv, budget=length, layer_budgets=None, batch=kv.buffer)
 
 
 def calibrate(
@@ -86,8 +86,8 @@ def calibrate(
     Raises:
         ValueError: a Llama with another budget, or no prompts. RKVError: the engine's reason.
     """
-    length = llama.kv.budget if llama.kv is not None and llama.kv.active else 0
-    if llama.kv is None or replace(llama.kv, batch=kv.batch) != full_cache(kv, length):
+    length = llama.kv.budget if llama.kv is not None else 0
+    if llama.kv != full_cache(kv, max(length, kv.budget + 2 * kv.buffer)):
         raise ValueError("the Llama must be made with kv=full_cache(kv, length)")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("there must be prompts, none of them empty")

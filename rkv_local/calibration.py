@@ -23,7 +23,8 @@ class Calibration:
 
     Args:
         model: its file's name; bytes, fingerprint: which file that was.
-        policy: whose scores were ranked; settings: the KVBudget's other fields then.
+        policy: whose scores were ranked; settings: the KVBudget's other fields then. The shares serve any
+            policy.
         shares: one per layer, adding up to 1; None for a layer without cells under the budget.
         tokens: that were generated or read; compactions: that the shares are the mean of.
         rkv_local: the version that made it.
@@ -111,30 +112,20 @@ def beside(model: str | os.PathLike[str]) -> Path:
 
 
 def layer_budgets(
-    model: str | os.PathLike[str],
-    given: str,
-    policy: str,
-    budget: int,
-    least: int,
-    n_layer: int | None = None,
+    model: str | os.PathLike[str], given: str, budget: int, least: int, n_layer: int | None = None
 ) -> list[int]:
     """Budgets of each layer of a model from its calibration.
 
     Args:
         model: the GGUF file. given: "calibrated", for the file beside it, or another file.
-        policy, budget, least: a KVBudget's policy, budget and least_budget.
+        budget, least: a KVBudget's budget and least_budget.
         n_layer: how many budgets are needed; None: as many as there are.
 
     Raises:
-        ValueError: there is none, it is damaged, or of another model or policy.
+        ValueError: there is none, it is damaged, or of another model.
     """
     path = beside(model) if given == "calibrated" else Path(given)
     made = Calibration.load(path, model)
-    if made.policy != policy:
-        raise ValueError(
-            f"the calibration {path} is for policy {made.policy}, not {policy}: "
-            f"rkv-local calibrate --kv-policy {policy} makes another"
-        )
     if n_layer is not None and len(made.shares) != n_layer:
         raise ValueError(
             f"the calibration {path} is damaged: {len(made.shares)} shares for {n_layer} layers; "

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rkv_local.calibration import Calibration
     from rkv_local.cli.session import Session
 
-BUDGET = 512  # a quarter of a trace
+POLICY, BUDGET = "latest", 512  # docs/calibrate.md tells why; a quarter of a trace
 
 
 @click.command("calibrate")
@@ -44,15 +44,15 @@ BUDGET = 512  # a quarter of a trace
 @opt("--temp --temperature", "0 = always the likeliest token.", FiniteRange(min=0), 0.8, "X")
 @opt("-s --seed", "Of the sampling.", click.IntRange(0, 2**32 - 1), 0)
 @memory_option()
-@cache_options(BUDGET)
+@cache_options(POLICY, BUDGET)
 @context_options()
 @click.option("--json", "as_json", is_flag=True, help="Print what is written instead of a table.")
 def calibrate(name: str | None, as_json: bool, **values: Any) -> None:
     """Measure which share of the cells each layer of a model should get.
 
     MODEL is a GGUF file or a short name (default: smollm2). It answers questions with a full cache; beside
-    that, evictions by the policy are simulated in which the scores of all layers and heads are ranked
-    together. What each layer wins on average is stored beside the model, for --kv-layer-budgets calibrated.
+    that, evictions are simulated in which the scores of all layers and heads are ranked together. What each
+    layer wins on average is stored beside the model, for --kv-layer-budgets calibrated with any policy.
     """
     if name is not None and values["model"] is not None:
         raise click.UsageError(f"two models: {name!r} and --model {values['model']!r}")
@@ -75,7 +75,7 @@ def calibrate(name: str | None, as_json: bool, **values: Any) -> None:
         full_cache(kv, values["length"])
     except ValueError as err:
         raise click.UsageError(str(err).replace("length is", "--length is")) from err
-    held = {"kv_budget": values["length"], "ctx_size": values["length"], "batch_size": None}
+    held = {"kv_budget": values["length"], "ctx_size": values["length"], "batch_size": kv.buffer}
     options = load_of({**values, **held}, model)
     with Interrupt() as interrupt:
         session = load(options, interrupt)

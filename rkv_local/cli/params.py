@@ -168,11 +168,11 @@ def model_option() -> Decorator:
     return opt("-m --model", "A GGUF file or a short name.", metavar="MODEL")
 
 
-def cache_options(budget: int = 1024) -> Decorator:
-    """The budget of the cache. budget: the default."""
+def cache_options(policy: str = "rkv", budget: int = 1024) -> Decorator:
+    """The budget of the cache. policy, budget: the defaults."""
     policies = f"What is kept: {', '.join(POLICIES)}; `list` explains them."
     return stack(
-        opt("--kv-policy", policies, PolicyParam(), "rkv", "POLICY", callback=list_policies, is_eager=True),
+        opt("--kv-policy", policies, PolicyParam(), policy, "POLICY", callback=list_policies, is_eager=True),
         opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, budget),
         opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
         opt("--kv-pin", "First tokens that are never evicted.", AT_LEAST_0, 4),

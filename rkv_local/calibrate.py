@@ -69,6 +69,7 @@ def calibrate(
     prompts: Sequence[Sequence[int]],
     n_tokens: int = 4096,
     *,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> Calibration:
@@ -78,8 +79,9 @@ def calibrate(
         llama: made with `kv=full_cache(kv, length)`; its cache is emptied. A trace has `length` tokens: where
             the model ends an answer, the next prompt follows it.
         kv: the policy and the sizes to measure for; layer_budgets are not used.
-        prompts: tokens, with the chat template. They are used in turn, and again from the first.
+        prompts: tokens, with the chat template. They are used in turn, each trace starting at another one.
         n_tokens: tokens in all, rounded to whole traces.
+        seed: of the first answer; each other one has the next.
         progress: called with the tokens done and in all, after each decode.
         **sampling: temp, top_k, ... as for Llama.generate.
 
@@ -94,7 +96,7 @@ def calibrate(
     low = _native._low()
     vocab = low.llama_model_get_vocab(llama.model)
     simulation = _Simulation(llama, kv)
-    traces, turn, n_layer = max(1, round(n_tokens / length)), 0, low.llama_model_n_layer(llama.model)
+    traces, n_layer = max(1, round(n_tokens / length)), low.llama_model_n_layer(llama.model)
     done = 0
 
     def decoded(past: int) -> None:
@@ -104,13 +106,16 @@ def calibrate(
 
     llama.on_decode = decoded
     try:
-        for _ in range(traces):
+        for trace in range(traces):
             llama.forget()
             simulation.start()
             tokens: list[int] = []
+            turn = trace * len(prompts) // traces
             while len(tokens) < length:
                 tokens = [*tokens, *prompts[turn % len(prompts)]][:length]
                 turn += 1
+                llama.set_seed(seed)
+                seed += 1
                 stream = llama.generate(tokens, **sampling)
                 for token in stream:
                     if len(tokens) >= length:

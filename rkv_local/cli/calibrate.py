@@ -42,7 +42,7 @@ POLICY, BUDGET = "latest", 512  # docs/calibrate.md tells why; a quarter of a tr
 @opt("--length", "Tokens of a trace; it needs memory for a full cache of them.", AT_LEAST_1, 2048)
 @opt("--prompts", "Questions, one per line, instead of ours.", click.Path(path_type=Path), None, "FILE")
 @opt("--temp --temperature", "0 = always the likeliest token.", FiniteRange(min=0), 0.8, "X")
-@opt("-s --seed", "Of the sampling.", click.IntRange(0, 2**32 - 1), 0)
+@opt("-s --seed", "Of the first answer; each other one has the next.", click.IntRange(0, 2**31), 0)
 @memory_option()
 @cache_options(POLICY, BUDGET)
 @context_options()
@@ -82,7 +82,7 @@ def calibrate(name: str | None, as_json: bool, **values: Any) -> None:
         llama = session.llama
         if llama.kv is None or llama.kv.budget != values["length"]:
             raise CliError(f"a full cache of {values['length']:,} tokens does not fit: a smaller --length")
-        llama.sampling, llama.interrupt = Sampling(temp=values["temp"], seed=values["seed"]), interrupt
+        llama.sampling, llama.interrupt = Sampling(temp=values["temp"]), interrupt
         prompts = [prompt_of(session, question) for question in questions or QUESTIONS]
         done = [0, 1]
         nativelog.clear()

@@ -52,6 +52,10 @@ class CliLlama(Llama):
         value.progress_callback = Loading.callback
         self._model_params = value
 
+    def set_seed(self, seed: int) -> None:
+        """The seed of the next generation."""
+        self.sampling = self.sampling.with_(seed=seed)
+
     def _init_sampler(self, **_: Any) -> LlamaSampler:
         # llama.cpp's order: biases, penalties, grammar, top-k, top-p, min-p, temperature
         s, chain = self.sampling, LlamaSampler()

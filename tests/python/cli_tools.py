@@ -79,6 +79,14 @@ def start(*args: str, **options: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*COMMAND, *one_thread(args)], env=environment(), **pipes)  # type: ignore[call-overload]
 
 
+def terminal(*args: str) -> Any:
+    """The command on a terminal of its own, where it draws its progress."""
+    import pexpect
+
+    command = [*COMMAND, *one_thread(args)]
+    return pexpect.spawn(command[0], command[1:], env=environment(), encoding="utf-8", timeout=120)
+
+
 def shell(*args: str, stdin: bytes = b"", timeout: float = 120) -> subprocess.CompletedProcess[bytes]:
     """The command in a process of its own, to its end."""
     return subprocess.run(

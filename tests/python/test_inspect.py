@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pexpect
 import pytest
 
 import browser as web
-from cli_tools import default_model, error_line, invoke, make_random_model, start, talker
+from cli_tools import default_model, error_line, invoke, make_random_model, talker, terminal
 from rkv_local import KVBudget, Llama
 from rkv_local.inspect import Recorder, Recording, record
 
@@ -239,14 +240,13 @@ def test_wrong_usage(args: tuple[str, ...], code: int, line: str) -> None:
 
 
 def test_interrupt_writes_what_is_there(tmp_path: Path) -> None:
-    import time
-
     file = tmp_path / "page.html"
-    process = start("inspect", str(talker()), "hi", "--ignore-eos", *SMALL, "-o", str(file))
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    process = terminal("inspect", str(talker()), "hi", "--ignore-eos", *SMALL, "-o", str(file))
+    process.expect("generating .* [1-9][0-9]* compactions")
+    process.kill(signal.SIGINT)
+    process.expect(pexpect.EOF)
+    process.close()
+    assert process.exitstatus == 130, process.before
     data = page_data(file.read_text(encoding="utf-8"))
     assert data["finish"] == "interrupted"
     assert len(data["ends"]) > 0

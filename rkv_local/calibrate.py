@@ -21,7 +21,7 @@ from .calibration import Calibration, fingerprint, share_out
 if TYPE_CHECKING:
     from .engine import Llama
 
-__all__ = ["QUESTIONS", "calibrate", "full_cache", "share_of_wins"]
+__all__ = ["QUESTIONS", "RANKINGS", "calibrate", "full_cache", "share_of_wins"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -47,20 +47,31 @@ QUESTIONS = (
 )
 
 
+RANKINGS = ("latest", "rkv", "snapkv")  # policies whose scores come from keys and the window's queries alone
+
+
+def _plain(kv: KVBudget) -> KVBudget:
+    """A policy in RANKINGS with what decides its scores, and nothing else of a budget."""
+    if kv.policy not in RANKINGS:
+        raise ValueError(f"policy is {kv.policy}, must be one of {', '.join(RANKINGS)} to compare layers by")
+    if kv.pin == "prompt":
+        raise ValueError("pin is 'prompt', must be a number to calibrate with")
+    names = ("budget", "buffer", "window", "policy", "lam", "pin", "pool", "threshold", "n_sim", "reference")
+    return KVBudget(**{name: getattr(kv, name) for name in names})
+
+
 def full_cache(kv: KVBudget, length: int) -> KVBudget:
     """The budget to make a Llama with, which calibrate() then watches: nothing of `length` tokens is evicted.
 
     Raises:
-        ValueError: they are too few for an eviction with `kv`, or it judges by position alone.
+        ValueError: they are too few for an eviction with `kv`, or its policy is none of RANKINGS.
     """
-    if not kv.active or kv.policy == "streaming":
-        raise ValueError(f"policy is {kv.policy}, which has no scores that layers could be compared by")
     if length < kv.budget + 2 * kv.buffer:
         raise ValueError(
             f"length is {length}, must be at least {kv.budget + 2 * kv.buffer} with budget {kv.budget} and "
             f"buffer {kv.buffer}"
         )
-    return replace(kv, budget=length, layer_budgets=None, batch=kv.buffer)
+    return replace(_plain(kv), budget=length, batch=kv.buffer)
 
 
 def calibrate(
@@ -78,7 +89,7 @@ def calibrate(
     Args:
         llama: made with `kv=full_cache(kv, length)`; its cache is emptied. A trace has `length` tokens: where
             the model ends an answer, the next prompt follows it.
-        kv: the policy and the sizes to measure for; layer_budgets are not used.
+        kv: a policy of RANKINGS and the sizes to measure for; layer_budgets are not used.
         prompts: tokens, with the chat template. They are used in turn, each trace starting at another one.
         n_tokens: tokens in all, rounded to whole traces.
         seed: of the first answer; each other one has the next.
@@ -135,7 +146,8 @@ def calibrate(
     size, digest = fingerprint(path)
     from . import __version__
 
-    settings = {name: value for name, value in asdict(kv).items() if name not in ("policy", "layer_budgets")}
+    unused = ("policy", "layer_budgets", "batch")
+    settings = {name: value for name, value in asdict(_plain(kv)).items() if name not in unused}
     return Calibration(
         model=path.name.encode("utf-8", "backslashreplace").decode(),
         bytes=size,
@@ -182,7 +194,7 @@ class _Simulation:
     """Evictions with budgets that are shared out anew at each, beside a cache that keeps everything."""
 
     def __init__(self, llama: Llama, kv: KVBudget) -> None:
-        self._llama, self._kv = llama, replace(kv, layer_budgets=None)
+        self._llama, self._kv, self._pin = llama, _plain(kv), int(kv.pin)
         self.layers = _native.governed_layers(llama.ctx)
         self.shares: list[Floats] = []  # of each compaction that counts
         self.start()
@@ -206,7 +218,7 @@ class _Simulation:
             self._compact(n)
 
     def _compact(self, n: int) -> None:
-        kv, first, last = self._kv, self._kv.pin, -self._kv.window
+        kv, first, last = self._kv, self._pin, -self._kv.window
         cells, scores = {}, {}
         for i, layer in self.layers.items():
             new = np.repeat(np.arange(self._seen, n, dtype=np.int32)[:, None], layer.n_head_kv, axis=1)
@@ -214,10 +226,10 @@ class _Simulation:
             self._aux[i] = np.concatenate([self._aux[i], self._no_aux(len(new), layer.n_head_kv)], axis=1)
             scores[i] = comparable(kv.policy, self._score(i, cells[i])[:, first:last])
         heads = sum(layer.n_head_kv for layer in self.layers.values())
-        shares = share_of_wins(list(scores.values()), heads * (kv.budget - kv.pin - kv.window))
+        shares = share_of_wins(list(scores.values()), heads * (kv.budget - first + last))
         budgets = share_out(shares.tolist(), kv.budget, kv.least_budget)
         for i, budget in zip(self.layers, budgets, strict=True):
-            keep = min(budget - kv.pin - kv.window, scores[i].shape[1])
+            keep = min(budget - first + last, scores[i].shape[1])
             best = np.argsort(-scores[i], axis=1, kind="stable")[:, :keep].T + first
             m = len(cells[i])
             always = [*range(first), *range(m + last, m)]

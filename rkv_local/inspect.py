@@ -120,7 +120,7 @@ class Recording:
     @property
     def n_pin(self) -> int:
         """Tokens that are never evicted."""
-        return self.kv.pin
+        return min(self.n_prompt, self.kv.budget // 2) if self.kv.pin == "prompt" else int(self.kv.pin)
 
     def to_json(self) -> str:
         """One JSON object; docs/inspect.md describes its keys."""

@@ -213,8 +213,8 @@ def test_layers_without_cells_take_no_share(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kv", "length", "line"),
     [
-        (KVBudget(policy="streaming"), 4096, "policy is streaming, which has no scores"),
-        (KVBudget(policy="none"), 4096, "policy is none, which has no scores"),
+        (KVBudget(policy="streaming"), 4096, "policy is streaming, must be one of latest, rkv, snapkv"),
+        (KVBudget(policy="none"), 4096, "policy is none, must be one of"),
         (KVBudget(budget=512), 767, "length is 767, must be at least 768"),
     ],
 )
@@ -408,7 +408,7 @@ def test_command_elsewhere_with_own_prompts(tmp_path: Path) -> None:
     ("args", "code", "line"),
     [
         (("--kv-policy", "none"), 2, "there is nothing to share out"),
-        (("--kv-policy", "streaming"), 2, "which has no scores"),
+        (("--kv-policy", "streaming"), 2, "must be one of latest, rkv, snapkv to compare layers by"),
         (("--kv-layer-budgets", "pyramid"), 2, "is what is measured here"),
         (("--length", "700"), 2, "--length is 700, must be at least 768"),
         (("-o", "no/such/x.json"), 2, "there is no folder 'no/such'"),

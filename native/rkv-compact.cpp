@@ -14,7 +14,7 @@
 #include <exception>
 
 static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory, with RKV_SCRATCH_MAX
-static constexpr int    NODES_PER_LAYER = 7;
+static constexpr int    NODES_PER_LAYER = 8;
 
 static size_t graph_size(size_t n_layer) { return n_layer*NODES_PER_LAYER*4 + 64; }
 
@@ -51,6 +51,18 @@ std::vector<ggml_tensor *> gathered(ggml_context * ctx, const rkv_cache::layer_t
         views.push_back(l.aux);
     }
     return views;
+}
+
+// V as SCORE looks at it: [n_embd_v, n_cells, n_head_kv, n_stream]
+ggml_tensor * values(ggml_context * ctx, const rkv_cache::layer_t & l, bool v_trans) {
+    ggml_tensor * v = l.v;
+    if (!v_trans) {
+        return ggml_view_4d(ctx, v, l.n_embd_v, v->ne[1], l.n_head_kv, v->ne[2], v->nb[1], ggml_row_size(v->type, l.n_embd_v), v->nb[2], 0);
+    }
+    const size_t el = ggml_type_size(v->type), line = el*v->ne[1];
+    ggml_tensor * t = ggml_view_4d(ctx, v, l.n_embd_v, v->ne[1], l.n_head_kv, v->ne[2], el, line*l.n_embd_v, v->nb[2], 0);
+    t->nb[0] = line;
+    return t;
 }
 
 } // namespace
@@ -99,23 +111,28 @@ bool rkv_cache::init_backends() {
 }
 
 // The steps of a pass over one layer, in their order: positions, score, select, and a gather for all that moves.
-std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer_t & l, ggml_tensor * new_pos, ggml_tensor * jobs,
-        ggml_tensor * rope) const {
+std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer_t & l, const pass_inputs & in) const {
     const rkv_op_params op = l.op;
-    ggml_tensor * pos   = ggml_rkv_positions(ctx, l.pos, new_pos, jobs, &op);
-    ggml_tensor * score = ggml_rkv_score    (ctx, l.k, l.q, jobs, pos, l.aux, rope, &op);
+    ggml_tensor * pos   = ggml_rkv_positions(ctx, l.pos, in.new_pos, in.jobs, &op);
+    ggml_tensor * score = ggml_rkv_score    (ctx, l.k, l.q, in.jobs, pos, l.aux, in.rope, &op);
     ggml_rkv_score_add_sinks(score, l.sinks);
-    ggml_tensor * idx   = ggml_rkv_select   (ctx, score, jobs, groups[l.group].budget, &op);
+    if (rkv_needs_values(op.policy)) {
+        ggml_rkv_score_add_values(score, values(ctx, l, v_transposed()));
+    }
+    if (l.stats) {
+        ggml_rkv_score_add_stats(score, l.stats, in.q_pos);
+    }
+    ggml_tensor * idx   = ggml_rkv_select   (ctx, score, in.jobs, groups[l.group].budget, &op);
 
     std::vector<ggml_tensor *> nodes = { pos, score, idx };
     for (ggml_tensor * view : gathered(ctx, l, v_transposed())) {
-        nodes.push_back(ggml_rkv_compact(ctx, view, idx, jobs, &op));
+        nodes.push_back(ggml_rkv_compact(ctx, view, idx, in.jobs, &op));
     }
     return nodes;
 }
 
 rkv_generic_layer rkv_cache::generic_layer(const layer_t & l) const {
-    return { l.k, l.q, l.pos, l.aux, params.policy == RKV_POLICY_LATEST ? rope_table(l) : nullptr, l.op, l.sinks };
+    return { l.k, l.q, l.pos, l.aux, rkv_needs_rope(params.policy) ? rope_table(l) : nullptr, l.op, l.sinks };
 }
 
 rkv_generic::views rkv_cache::generic_views(const layer_t & l) const {
@@ -228,6 +245,12 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         }
     }
 
+    ggml_tensor * q_pos = params.policy == RKV_POLICY_TRIATTENTION ? new_input(ctx.get(), GGML_TYPE_I32, params.window, n_jobs) : nullptr;
+    for (int64_t i = 0; q_pos && i < n_jobs; ++i) {
+        const auto & ring = streams[strms[i]].ring;
+        inputs[q_pos].insert(inputs[q_pos].end(), ring.begin(), ring.end());
+    }
+
     // one jobs tensor per group
     std::vector<group_io> io(groups.size());
     for (const auto & l : layers) {
@@ -252,6 +275,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
             job[RKV_JOB_SHIFT]    = groups[l.group].off;
             job[RKV_JOB_QUERY_LO] = (int32_t) (uint32_t) slots;
             job[RKV_JOB_QUERY_HI] = (int32_t) (uint32_t) (slots >> 32);
+            job[RKV_JOB_PIN]      = pin(s);
             g.job_data.insert(g.job_data.end(), job, job + RKV_JOB_N);
         }
         inputs[g.jobs] = g.job_data;
@@ -276,7 +300,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         }
 
         ggml_tensor * rope = nullptr;
-        if (params.policy == RKV_POLICY_LATEST && l.rope >= 0) {
+        if (rkv_needs_rope(params.policy) && l.rope >= 0) {
             const auto * table = rope_table(l);
             if (!rope_inputs[l.rope]) {
                 rope_inputs[l.rope] = new_input(ctx.get(), GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
@@ -284,7 +308,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
             }
             rope = rope_inputs[l.rope];
         }
-        for (ggml_tensor * node : pass_nodes(ctx.get(), l, new_pos, g.jobs, rope)) {
+        for (ggml_tensor * node : pass_nodes(ctx.get(), l, { new_pos, g.jobs, rope, q_pos })) {
             ggml_build_forward_expand(gf, node);
         }
     }
@@ -312,7 +336,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         std::vector<llama_pos> kept(pos.end() - keep, pos.end());
         if (keep < n) { // should the window go, the sequence ends where it did before the window
             for (uint32_t i = 0; i < keep - window; ++i) {
-                kept[i] = i < params.pin ? pos[i] : pos[n - window - 1] - (llama_pos) (keep - window - 1 - i);
+                kept[i] = i < pin(s) ? pos[i] : pos[n - window - 1] - (llama_pos) (keep - window - 1 - i);
             }
         }
         const bool lost = std::any_of(layers.begin(), layers.end(), [&](const layer_t & l) {
@@ -434,6 +458,7 @@ bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_t
 
     ggml_tensor * new_pos = new_input(ctx.get(), GGML_TYPE_I32, n_cells(), n_jobs);
     std::vector<ggml_tensor *> jobs(groups.size()), rope(ropes.size());
+    ggml_tensor * q_pos = new_input(ctx.get(), GGML_TYPE_I32, params.window, n_jobs);
     std::map<ggml_backend_t, size_t> own; // what kernels, and the generic path, take beside the graph
     for (const auto & l : layers) {
         ggml_backend_t backend = backend_of(l.k);
@@ -444,12 +469,12 @@ bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_t
         if (!jobs[l.group]) {
             jobs[l.group] = new_input(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, n_jobs);
         }
-        const bool rotates = params.policy == RKV_POLICY_LATEST && l.rope >= 0;
+        const bool rotates = rkv_needs_rope(params.policy) && l.rope >= 0;
         if (rotates && !rope[l.rope]) {
             const auto * table = rope_table(l);
             rope[l.rope] = new_input(ctx.get(), GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
         }
-        for (ggml_tensor * node : pass_nodes(ctx.get(), l, new_pos, jobs[l.group], rotates ? rope[l.rope] : nullptr)) {
+        for (ggml_tensor * node : pass_nodes(ctx.get(), l, { new_pos, jobs[l.group], rotates ? rope[l.rope] : nullptr, q_pos })) {
             ggml_build_forward_expand(gf, node);
             own[backend] = std::max(own[backend], rkv_kernel_memory(backend, node, lctx->n_threads()));
         }
@@ -498,10 +523,11 @@ bool rkv_cache::check_devices() {
         }
         ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*32, nullptr, true }) };
         ggml_tensor * jobs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
-        ggml_tensor * rope = params.policy == RKV_POLICY_LATEST && l.rope >= 0 ?
+        ggml_tensor * rope = rkv_needs_rope(params.policy) && l.rope >= 0 ?
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, l.op.n_rot, RKV_ROPE_LO + 1) : nullptr;
         ggml_tensor * new_pos = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_cells(), 1);
-        const auto nodes = pass_nodes(ctx.get(), l, new_pos, jobs, rope);
+        ggml_tensor * q_pos = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, params.window, 1);
+        const auto nodes = pass_nodes(ctx.get(), l, { new_pos, jobs, rope, q_pos });
         l.generic = !std::all_of(nodes.begin(), nodes.end(), [dev](const ggml_tensor * t) { return rkv_has_kernel(dev, t); });
         n_generic += l.generic;
 

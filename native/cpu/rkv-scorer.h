@@ -47,6 +47,13 @@ struct rkv_scorer {
     const int32_t * pos = nullptr; size_t pos_head = 0; // true positions; stride between heads in elements
     float * aux = nullptr;         size_t aux_head = 0; // n_aux floats per cell
     int     n_aux = 0;
+    // values: element i of a head's cell j lies at v + h*v_head + j*v_cell + i*v_el
+    const char * v = nullptr;
+    size_t       v_head = 0, v_cell = 0, v_el = 0;
+    int          v_type = 0, n_embd_v = 0;
+    float * stats = nullptr;       size_t n_stats = 0; // [n_head][n_stats], see rkv_n_stats()
+    int32_t query_pos[RKV_MAX_WINDOW] = {};
+    int     pin = 0, n_keep = 0;
     const float * rope = nullptr;  int64_t rope_row = 0; // table, floats per row
 
     // scratch, sized by layout() for n_max cells

@@ -82,7 +82,7 @@ static void select(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     rkv_cuda_select({
         (const float *) z->data, stride<float>(z, 1), stride<float>(z, 2),
         (int32_t *) dst->data, stride<int32_t>(dst, 1), stride<int32_t>(dst, 2),
-        jobs_of(dst->src[1]), (int) dst->ne[1], par.window, par.pin,
+        jobs_of(dst->src[1]), (int) dst->ne[1], par.window,
     }, ctx.stream());
 }
 
@@ -130,7 +130,7 @@ bool ggml_cuda_op_rkv_supported(int device, const ggml_tensor * op) {
             const ggml_tensor * k = op->src[0];
             const int64_t n_embd = k->ne[0]/par.n_head_kv;
             return rkv_cuda_type_supported(k->type) && n_embd % 2 == 0 && n_embd <= RKV_CUDA_MAX_EMBD && par.window >= 1 &&
-                par.policy > RKV_POLICY_NONE && par.policy < RKV_POLICY_COUNT &&
+                par.policy > RKV_POLICY_NONE && par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f &&
                 (par.policy != RKV_POLICY_LATEST || op->src[4]) &&
                 (par.policy != RKV_POLICY_RKV || rkv_cuda_search_supported(n_embd, device_of(device)));
         }

@@ -55,7 +55,7 @@ struct rkv_cuda_select_args {
     const float * score; int64_t score_head, score_job;
     int32_t     * dst;   int64_t dst_head, dst_job;
     rkv_cuda_jobs jobs;
-    int n_head, window, pin;
+    int n_head, window;
 };
 void rkv_cuda_select(const rkv_cuda_select_args & a, cudaStream_t stream);
 

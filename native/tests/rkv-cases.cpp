@@ -237,7 +237,6 @@ rkv_op_params rkv_case_params(const rkv_case & c) {
     p.n_head_kv   = c.n_head_kv;
     p.window      = c.window;
     p.pool        = c.pool;
-    p.pin         = c.pin;
     p.n_sim       = c.n_sim;
     p.flags       = (c.reference ? RKV_FLAG_REFERENCE : 0) | (c.neox ? RKV_FLAG_ROPE_NEOX : 0);
     p.n_hadamard  = c.n_hadamard;
@@ -312,7 +311,7 @@ rkv_case_data rkv_case_inputs(const rkv_case & c) {
             d.new_pos[(size_t) i*d.n_new + j + job.shift] = next + j - job.old_end;
         }
         const int32_t column[RKV_JOB_N] = { job.stream, job.begin, job.old_end, job.end, job.keep, job.dst, job.shift,
-            (int32_t) (uint32_t) job.slots, (int32_t) (uint32_t) (job.slots >> 32) };
+            (int32_t) (uint32_t) job.slots, (int32_t) (uint32_t) (job.slots >> 32), c.pin };
         d.jobs.insert(d.jobs.end(), column, column + RKV_JOB_N);
     }
 

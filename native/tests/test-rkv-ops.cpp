@@ -161,7 +161,7 @@ static void test_select() {
     rkv_op_params par = {};
     par.n_head_kv = n_head;
     par.window    = 4;
-    par.pin       = 3;
+    const int pin = 3;
     ggml_tensor * idx = ggml_rkv_select(b.ctx.get(), z, jobs, n_keep, &par);
     ggml_build_forward_expand(b.gf, idx);
     b.alloc();
@@ -174,6 +174,7 @@ static void test_select() {
     job[RKV_JOB_BEGIN] = begin;
     job[RKV_JOB_END]   = begin + n;
     job[RKV_JOB_KEEP]  = n_keep;
+    job[RKV_JOB_PIN]   = pin;
     ggml_backend_tensor_set(z,    score.data(), 0, ggml_nbytes(z));
     ggml_backend_tensor_set(jobs, job, 0, sizeof(job));
     CHECK(b.run(), "compute");
@@ -182,10 +183,10 @@ static void test_select() {
 
     for (int h = 0; h < n_head; ++h) {
         std::vector<int32_t> want;
-        for (int j = 0; j < par.pin; ++j) {
+        for (int j = 0; j < pin; ++j) {
             want.push_back(begin + j);
         }
-        for (int i = 0, j = h == 0 ? 3 : 4; i < n_keep - par.window - par.pin; ++i, j += h == 0 ? 1 : 2) {
+        for (int i = 0, j = h == 0 ? 3 : 4; i < n_keep - par.window - pin; ++i, j += h == 0 ? 1 : 2) {
             want.push_back(begin + j);
         }
         for (int j = n - par.window; j < n; ++j) {

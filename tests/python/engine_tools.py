@@ -29,7 +29,8 @@ _logger.set_verbose(False)  # errors only
 # For the default model; 1 is faster on a machine that is busy with other things.
 THREADS = int(os.environ.get("RKV_TEST_THREADS", min(2, os.cpu_count() or 1)))
 
-POLICY = {"none": 0, "rkv": 1, "snapkv": 2, "streaming": 3, "latest": 4}
+POLICY = {"none": 0, "rkv": 1, "snapkv": 2, "streaming": 3, "latest": 4, "h2o": 5, "gkv": 6, "rpc": 7, "chunkkv": 8}
+POLICY |= {"value-aware": 9, "keydiff": 10, "lagkv": 11, "triattention": 12, "given": 13}
 GGML_TYPE = {
     "f32": 0,
     "f16": 1,
@@ -54,6 +55,12 @@ class RkvParams(ctypes.Structure):
         ("lambda_", c_float),
         ("threshold", c_float),
         ("n_sim", c_uint32),
+        ("memory", c_float),
+        ("chunk", c_uint32),
+        ("growth", c_uint32),
+        ("value_share", c_float),
+        ("seed", c_uint32),
+        ("shared_heads", c_bool),
         ("reference", c_bool),
         ("n_batch_seq", c_uint32),
         ("layer_budgets", POINTER(c_uint32)),
@@ -90,13 +97,18 @@ class RkvLayer(ctypes.Structure):
 class RkvSelectArgs(ctypes.Structure):
     _fields_ = [
         ("params", RkvParams),
-        *[(x, c_int32) for x in ("n", "n_head_kv", "n_head", "n_embd_head", "n_old", "n_threads", "type_k")],
+        *[(x, c_int32) for x in ("layer", "n", "n_head_kv", "n_head", "n_embd_head", "n_old", "n_threads")],
+        ("type_k", c_int32),
         ("scale", c_float),
         ("softcap", c_float),
         ("k", c_void_p),
         ("q", c_void_p),
         ("pos", c_void_p),
+        ("v", c_void_p),
+        ("n_embd_head_v", c_int32),
+        ("type_v", c_int32),
         ("aux", c_void_p),
+        ("stats", c_void_p),
         *[(x, c_int32) for x in ("rope_n_rot", "rope_neox", "rope_n_ctx_orig")],
         *[(f"rope_{x}", c_float) for x in ("freq_base", "freq_scale", "ext_factor", "attn_factor")],
         ("rope_beta_fast", c_float),

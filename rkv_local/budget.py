@@ -135,7 +135,9 @@ class KVBudget:
         self._set("threshold", _real("threshold", self.threshold, -1.0, 1.0))
         self._set("memory", _real("memory", self.memory, 0.0, 1.0))
         if self.memory > 0 and self.policy not in ("none", "rkv", "snapkv", "latest", "gkv"):
-            raise ValueError(f"memory is {self.memory:g}, must be 0 with policy {self.policy}, which has none")
+            raise ValueError(
+                f"memory is {self.memory:g}, must be 0 with policy {self.policy}, which has none"
+            )
         self._set("chunk", _integer("chunk", self.chunk, 1, _MAX_CHUNK))
         self._set("growth", _integer("growth", self.growth, 1, _MAX_TOKENS))
         self._set("value_share", _real("value_share", self.value_share, 0.0, 1.0))
@@ -149,7 +151,9 @@ class KVBudget:
             self._set("batch", _integer("batch", self.batch, 1, _MAX_TOKENS))
         self._set("layer_budgets", self._checked_layer_budgets())
         if self.shared_heads and self.layer_budgets not in (None, "uniform"):
-            raise ValueError("shared_heads is True, layer_budgets must be uniform: all layers keep the same cells")
+            raise ValueError(
+                "shared_heads is True, layer_budgets must be uniform: all layers keep the same cells"
+            )
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)  # the dataclass is frozen

@@ -27,6 +27,15 @@ static rkv_policy_fn policy_fn(int32_t policy) {
         case RKV_POLICY_SNAPKV:    return rkv_policy_snapkv;
         case RKV_POLICY_STREAMING: return rkv_policy_streaming;
         case RKV_POLICY_LATEST:    return rkv_policy_latest;
+        case RKV_POLICY_H2O:       return rkv_policy_h2o;
+        case RKV_POLICY_GKV:       return rkv_policy_gkv;
+        case RKV_POLICY_RPC:       return rkv_policy_rpc;
+        case RKV_POLICY_CHUNKKV:   return rkv_policy_chunkkv;
+        case RKV_POLICY_VALUE_AWARE: return rkv_policy_value_aware;
+        case RKV_POLICY_KEYDIFF:   return rkv_policy_keydiff;
+        case RKV_POLICY_LAGKV:     return rkv_policy_lagkv;
+        case RKV_POLICY_TRIATTENTION: return rkv_policy_triattention;
+        case RKV_POLICY_GIVEN:     return rkv_policy_given;
         default: GGML_ABORT("rkv: no policy %d", policy); // refused when the context was created
     }
 }

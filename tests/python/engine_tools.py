@@ -29,7 +29,17 @@ _logger.set_verbose(False)  # errors only
 # For the default model; 1 is faster on a machine that is busy with other things.
 THREADS = int(os.environ.get("RKV_TEST_THREADS", min(2, os.cpu_count() or 1)))
 
-POLICY = {"none": 0, "rkv": 1, "snapkv": 2, "streaming": 3, "latest": 4, "h2o": 5, "gkv": 6, "rpc": 7, "chunkkv": 8}
+POLICY = {
+    "none": 0,
+    "rkv": 1,
+    "snapkv": 2,
+    "streaming": 3,
+    "latest": 4,
+    "h2o": 5,
+    "gkv": 6,
+    "rpc": 7,
+    "chunkkv": 8,
+}
 POLICY |= {"value-aware": 9, "keydiff": 10, "lagkv": 11, "triattention": 12, "given": 13}
 GGML_TYPE = {
     "f32": 0,
@@ -166,6 +176,7 @@ def params(spec: ref.Spec, buffer: int = 16, batch: int = 0, layer_budgets: Sequ
     out.policy, out.budget, out.buffer = POLICY[spec.policy], spec.budget, buffer
     out.window, out.pin, out.pool, out.n_sim = spec.window, spec.pin, spec.pool, spec.n_sim
     out.lambda_, out.threshold, out.reference = spec.lam, spec.threshold, spec.reference
+    out.memory, out.chunk, out.value_share, out.seed = spec.memory, spec.chunk, spec.value_share, spec.seed
     out.n_batch_seq = batch
     if layer_budgets:
         out.layer_budgets = (c_uint32 * len(layer_budgets))(*layer_budgets)
@@ -190,6 +201,7 @@ class NativeSelection:
     kept: NDArray[np.int32]  # [n_head_kv, min(budget, n)]
     score: NDArray[np.float32]  # [n_head_kv, n]
     aux: NDArray[np.float32]
+    stats: NDArray[np.float32]
 
 
 def _address(x: NDArray[Any] | None) -> int | None:
@@ -218,6 +230,9 @@ def native_select(
     n_threads: int = 1,
     type_k: str | int = "f32",
     missing: str = "",
+    v: NDArray[np.float32] | None = None,
+    stats: NDArray[np.floating] | None = None,
+    type_v: str = "f32",
     **overrides: int,
 ) -> NativeSelection:
     """rkv_select. `missing` passes NULL for one array, `overrides` sets raw fields (bad arguments)."""
@@ -225,12 +240,17 @@ def native_select(
     k, q = np.ascontiguousarray(k, np.float32), np.ascontiguousarray(q, np.float32)
     args, alive = select_args(spec, k, spec.rope)
     if aux is None:
-        aux = ref.empty_aux(spec.n_sim, n, n_head_kv)
+        aux = ref.empty_aux(spec.n_aux, n, n_head_kv)
+    stats = np.zeros((q.shape[1], spec.n_stats(k.shape[2]))) if stats is None else stats
+    stats = np.array(stats, np.float32, order="C")
+    v = None if v is None else np.ascontiguousarray(v, np.float32)
     aux = np.array(aux, np.float32, order="C")
     pos = None if pos is None else np.ascontiguousarray(pos, np.int32)
     args.n_head, args.n_old, args.n_threads = q.shape[1], n_old, n_threads
     args.type_k = type_k if isinstance(type_k, int) else GGML_TYPE[type_k]
     args.q, args.pos, args.aux = _address(q), _address(pos), _address(aux)
+    args.v, args.stats, args.layer = _address(v), _address(stats), spec.layer
+    args.n_embd_head_v, args.type_v = 0 if v is None else v.shape[2], GGML_TYPE[type_v]
     for name, value in overrides.items():
         setattr(args, name, value)
     if missing and missing != "idx":
@@ -241,7 +261,7 @@ def native_select(
     del alive
     if status != 0:
         raise NativeError(last_error())
-    return NativeSelection(idx, score, aux)
+    return NativeSelection(idx, score, aux, stats)
 
 
 def native_unrotate(k: NDArray[np.float32], pos: NDArray[np.int32], rope: ref.Rope) -> NDArray[np.float32]:

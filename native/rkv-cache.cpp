@@ -223,8 +223,26 @@ int32_t rkv_cache::seq_room(llama_seq_id seq_id) const {
     if (strm < 0) {
         return -1;
     }
-    const uint32_t limit = n_budget_max + params.buffer;
+    const uint32_t limit = full_at(strm);
     return limit - std::min(limit, used_end(strm));
+}
+
+uint32_t rkv_cache::early_target(uint32_t strm) const {
+    if (params.policy != RKV_POLICY_RPC || params.growth < 2) {
+        return 0;
+    }
+    const uint64_t target = params.window + pin(strm) + ((uint64_t) streams[strm].passes + 1)*params.buffer/params.growth;
+    return target < groups.back().budget ? target : 0;
+}
+
+uint32_t rkv_cache::full_at(uint32_t strm) const {
+    const uint32_t standard = n_budget_max + params.buffer;
+    const uint32_t target   = early_target(strm);
+    if (target == 0) {
+        return standard;
+    }
+    const uint32_t first = cells(strm).get_used() == 0 ? n_start : cells(strm).used_min();
+    return std::min(standard, std::max(std::max(streams[strm].old_end, first + pin(strm)) + params.buffer, first + target + 1));
 }
 
 rkv_cache::range_t rkv_cache::range(const layer_t & layer, uint32_t strm) const {
@@ -422,7 +440,7 @@ bool rkv_cache::make_room(const std::vector<llama_ubatch> & ubatches) {
         reset_if_empty(s);
         streams[s].old_end = std::min(streams[s].old_end, used_end(s));
         const auto is_full = [&] {
-            return used_end(s) >= n_budget_max + params.buffer || used_end(s) + n_new[s] > n_cells();
+            return used_end(s) >= full_at(s) || used_end(s) + n_new[s] > n_cells();
         };
         if (!is_full()) {
             continue;

@@ -174,7 +174,11 @@ private:
     ggml_context_ptr pass_context() const;
     bool close_up(uint32_t strm);
     bool give_up(const std::vector<uint32_t> & strms); // after a failure; false
-    rkv_generic_layer  generic_layer(const layer_t & layer) const;
+    bool pass_shared(const int32_t * job, const int32_t * new_pos); // one set of rows for all layers
+    void write_given(const layer_t & layer, uint32_t strm) const;
+    uint32_t early_target(uint32_t strm) const; // rpc: cells to keep while the budget is not reached, else 0
+    uint32_t full_at(uint32_t strm) const;      // virtual row from which on a sequence is compacted
+    rkv_generic_layer  generic_layer(const layer_t & layer, uint32_t strm) const;
     rkv_generic::views generic_views(const layer_t & layer) const;
     uint32_t used_end(uint32_t strm) const;
     void     reset_if_empty(uint32_t strm);

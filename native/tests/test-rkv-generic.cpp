@@ -41,7 +41,7 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
     }
     rkv_case_set(t, d);
 
-    const rkv_generic_layer layer = { t.k, t.q, t.pos, t.aux, d.rope.empty() ? nullptr : &d.rope, rkv_case_params(c) };
+    rkv_generic_layer layer = { t.k, t.q, t.pos, t.aux, d.rope.empty() ? nullptr : &d.rope, rkv_case_params(c), nullptr, nullptr, false, 0, nullptr, {} };
     const auto views = [&](ggml_context * in) { return rkv_case_moved(in, c, t); };
     if (!rkv_generic::check(ggml_backend_get_device(home), views)) {
         r.error = "the device does not copy";

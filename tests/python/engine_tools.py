@@ -152,6 +152,8 @@ rkv_init_from_model = _function(
 rkv_get_stats = _function("rkv_get_stats", RkvStats, c_void_p)
 rkv_seq_used = _function("rkv_seq_used", c_int32, c_void_p, c_int32)
 rkv_seq_compact = _function("rkv_seq_compact", c_bool, c_void_p, c_int32)
+rkv_seq_pin = _function("rkv_seq_pin", c_bool, c_void_p, c_int32, c_uint32)
+rkv_seq_set_scores = _function("rkv_seq_set_scores", c_bool, *_row)
 rkv_get_positions = _function("rkv_get_positions", c_int32, *_row)
 rkv_get_keys = _function("rkv_get_keys", c_int32, *_row)
 rkv_get_keys_unrotated = _function("rkv_get_keys_unrotated", c_int32, *_row)
@@ -171,11 +173,19 @@ def last_error() -> str:
     return str(rkv_last_error().decode())
 
 
-def params(spec: ref.Spec, buffer: int = 16, batch: int = 0, layer_budgets: Sequence[int] = ()) -> RkvParams:
+def params(
+    spec: ref.Spec,
+    buffer: int = 16,
+    batch: int = 0,
+    layer_budgets: Sequence[int] = (),
+    growth: int = 1,
+    shared_heads: bool = False,
+) -> RkvParams:
     out: RkvParams = rkv_default_params()
     out.policy, out.budget, out.buffer = POLICY[spec.policy], spec.budget, buffer
     out.window, out.pin, out.pool, out.n_sim = spec.window, spec.pin, spec.pool, spec.n_sim
     out.lambda_, out.threshold, out.reference = spec.lam, spec.threshold, spec.reference
+    out.growth, out.shared_heads = growth, shared_heads
     out.memory, out.chunk, out.value_share, out.seed = spec.memory, spec.chunk, spec.value_share, spec.seed
     out.n_batch_seq = batch
     if layer_budgets:
@@ -324,6 +334,8 @@ class Options:
     type_v: str = "f32"
     n_threads: int = 1  # enough for the tiny models, and faster
     swa_full: bool = False
+    growth: int = 1
+    shared_heads: bool = False
 
 
 class Context:
@@ -344,7 +356,10 @@ class Context:
         if options.spec.policy == "none":
             self.ctx = llama_cpp.llama_init_from_model(model.model, c)
         else:
-            p = params(options.spec, options.buffer, options.batch, options.layer_budgets)
+            shared = options.shared_heads
+            p = params(
+                options.spec, options.buffer, options.batch, options.layer_budgets, options.growth, shared
+            )
             self.ctx = rkv_init_from_model(model.model, c, byref(p))
         if not self.ctx:
             raise NativeError(last_error())
@@ -425,6 +440,13 @@ class Context:
     def compact(self, seq: int = 0) -> bool:
         return bool(rkv_seq_compact(self.ctx, seq))
 
+    def pin(self, n: int, seq: int = 0) -> bool:
+        return bool(rkv_seq_pin(self.ctx, seq, n))
+
+    def give(self, layer: int, head: int, z: NDArray[np.floating], seq: int = 0) -> bool:
+        z = np.ascontiguousarray(z, np.float32)
+        return bool(rkv_seq_set_scores(self.ctx, seq, layer, head, z.ctypes.data, len(z)))
+
     def _read(
         self, function: Callable[..., int], *where: int, width: tuple[int, ...], dtype: type
     ) -> NDArray[Any]:
@@ -455,7 +477,7 @@ class Context:
         return np.stack([self.positions(layer, h, seq) for h in range(self.layers[layer].n_head_kv)], 1)
 
     def stored(self, layer: int, n_sim: int, seq: int = 0) -> NDArray[np.float32]:
-        """[n_sim, n, n_head_kv] floats of `latest`"""
+        """[n_sim, n, n_head_kv]: the first n_sim floats that are stored with each cell"""
         heads, slots = range(self.layers[layer].n_head_kv), range(n_sim)
         rows = [
             [self._read(rkv_get_scores, seq, layer, h, s, width=(), dtype=np.float32) for h in heads]

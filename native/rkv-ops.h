@@ -96,6 +96,13 @@ static inline int64_t rkv_n_stats(const struct rkv_op_params * par, int64_t n_em
 static inline bool rkv_needs_values(int32_t policy) { return policy == RKV_POLICY_VALUE_AWARE || policy == RKV_POLICY_LAGKV; }
 static inline bool rkv_needs_rope  (int32_t policy) { return policy == RKV_POLICY_LATEST || policy == RKV_POLICY_TRIATTENTION; }
 
+// whose attention counts: the window's queries are multiplied with all keys
+static inline bool rkv_asks_queries(int32_t policy) {
+    return policy != RKV_POLICY_STREAMING && policy != RKV_POLICY_KEYDIFF && policy != RKV_POLICY_LAGKV &&
+        policy != RKV_POLICY_TRIATTENTION && policy != RKV_POLICY_GIVEN;
+}
+static inline bool rkv_searches_copies(int32_t policy) { return policy == RKV_POLICY_RKV || policy == RKV_POLICY_GKV; }
+
 // triattention: the powers of two that the distances to future queries go up to
 #define RKV_TRI_OFFSETS 17
 
@@ -159,20 +166,39 @@ static inline bool rkv_score_is_sane(const struct ggml_tensor * op, const struct
 // Temporary memory, in bytes, that a device's kernels may take at once; a single head of one sequence may need more.
 #define RKV_SCRATCH_MAX ((size_t) 64 << 20)
 
-// At most this much for a head of one job (CUDA): rounded or unrotated keys, logits, and a few floats per cell.
+// At most this much for a head of one job (CUDA): rounded or unrotated keys, logits, and a few floats per cell. The parts of
+// a policy are rkv-score.cu's layout().
 static inline size_t rkv_score_scratch(const struct rkv_op_params * par, int64_t n_cells, int64_t n_embd) {
-    if (par->policy == RKV_POLICY_STREAMING) {
+    if (par->policy == RKV_POLICY_STREAMING || par->policy == RKV_POLICY_GIVEN) {
         return 0;
     }
     const int64_t n_pad = (n_cells + 63)/64*64;
-    size_t cell = (par->window + 1)*sizeof(float);
-    if (par->policy == RKV_POLICY_RKV) {
-        cell += (n_embd + 15)/16*16*2 + 2*sizeof(float) + sizeof(int64_t) + (n_embd + 15)/16;
+    size_t cell = rkv_asks_queries(par->policy) ? (par->window + 1)*sizeof(float) : 0, head = 0;
+    switch (par->policy) {
+        case RKV_POLICY_RKV:
+        case RKV_POLICY_GKV:
+            cell += (n_embd + 15)/16*16*2 + 2*sizeof(float) + sizeof(int64_t) + (n_embd + 15)/16;
+            break;
+        case RKV_POLICY_LATEST:
+            cell += (n_embd + 1)*sizeof(float);
+            break;
+        case RKV_POLICY_VALUE_AWARE:
+            cell += sizeof(float);
+            break;
+        case RKV_POLICY_KEYDIFF:
+            cell += 2*sizeof(float) + (n_embd + 15)/16;
+            break;
+        case RKV_POLICY_LAGKV:
+            cell += 2*sizeof(float);
+            break;
+        case RKV_POLICY_TRIATTENTION:
+            cell += sizeof(float);
+            head += (n_embd + n_embd/2)*sizeof(float);
+            break;
+        default:
+            break;
     }
-    if (par->policy == RKV_POLICY_LATEST) {
-        cell += (n_embd + 1)*sizeof(float);
-    }
-    return n_pad*cell + 8*256; // each of up to eight arrays is aligned
+    return n_pad*cell + head + 8*256; // each of up to eight arrays is aligned
 }
 
 #ifdef __cplusplus

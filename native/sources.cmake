@@ -33,6 +33,7 @@ set(RKV_GGML_METAL_SOURCES
     metal/rkv-metal.cpp
 )
 set(RKV_GGML_CUDA_SOURCES
+    cuda/rkv-cells.cu
     cuda/rkv-compact.cu
     cuda/rkv-cuda-op.cu
     cuda/rkv-later.cu

@@ -535,6 +535,15 @@ bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_t
         ggml_backend_t backend = backend_of(l.k);
         if (l.generic) {
             own[backend] = RKV_GENERIC_TEMP;
+            if (!rkv_generic::is_made_of_ops(l.op)) { // a copy of one sequence, and the kernel there
+                ggml_tensor * one   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
+                ggml_tensor * score = pass_nodes(ctx.get(), l, { new_pos, one, nullptr, q_pos })[1];
+                size_t size = rkv_kernel_memory(backend_cpu.get(), score, lctx->n_threads());
+                for (const ggml_tensor * t : { l.k, l.v, l.q, l.pos, l.stats, l.aux }) {
+                    size += t ? ggml_nbytes(t)/n_stream : 0;
+                }
+                own[backend_cpu.get()] = std::max(own[backend_cpu.get()], size);
+            }
             continue;
         }
         if (!jobs[l.group]) {
@@ -614,7 +623,7 @@ bool rkv_cache::check_devices() {
                 "main memory (offload_kqv=false, --no-kv-offload)", l.il, ggml_backend_dev_name(dev));
         }
     }
-    if (n_generic > 0) {
+    if (n_generic > 0 && !params.shared_heads) {
         const bool here = rkv_generic::is_made_of_ops(layers.front().op);
         LLAMA_LOG_INFO("%s: no compaction kernels for %zu of %zu layers: they are built from other ops%s\n", __func__, n_generic,
             layers.size(), here ? "" : ", and the CPU computes their scores");

@@ -106,6 +106,7 @@ int main(int argc, char ** argv) {
         test_compare(cpu.get());
     }
 
+    int n_left = 0; // to the CPU
     std::vector<std::string> idle; // devices that do not know the op at all
     for (const auto & c : rkv_cases()) {
         if (c.name.find(part) == std::string::npos) {
@@ -123,6 +124,10 @@ int main(int argc, char ** argv) {
         }
         for (const auto & t : targets) {
             const auto got = rkv_case_run(t.backend.get(), c, data);
+            if (rkv_case_is_optional(c) && got.error.find("not supported") == 0) {
+                ++n_left;
+                continue;
+            }
             if (device.empty() && got.error.find("not supported") == 0 && &c == &rkv_cases().front()) {
                 idle.push_back(t.name);
             }
@@ -134,6 +139,6 @@ int main(int argc, char ** argv) {
     for (const auto & name : idle) {
         printf("%s: has no kernels for the op\n", name.c_str());
     }
-    printf("%d passed, %d failed\n", n_passed, n_failed);
+    printf("%d passed, %d failed, %d left to the CPU\n", n_passed, n_failed, n_left);
     return n_failed || !n_passed ? EXIT_FAILURE : EXIT_SUCCESS;
 }

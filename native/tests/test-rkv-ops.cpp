@@ -211,6 +211,8 @@ static std::vector<float> scores(int policy, int n_threads, const std::vector<fl
     par.window = window;
     par.pool   = 7;
     par.n_sim  = 2;
+    par.chunk  = 10;
+    par.memory = policy == RKV_POLICY_GKV ? 0.8f : 0.0f;
     par.lambda = 0.1f;
     par.threshold = 0.1f;
     par.scale  = 0.1f;
@@ -248,7 +250,8 @@ int main() {
     test_select();
 
     const auto keys = random_floats(80*3*150), queries = random_floats(80*3*2*7);
-    for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_STREAMING, RKV_POLICY_LATEST }) {
+    for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_STREAMING, RKV_POLICY_LATEST, RKV_POLICY_H2O, RKV_POLICY_GKV,
+            RKV_POLICY_RPC, RKV_POLICY_CHUNKKV, RKV_POLICY_KEYDIFF }) {
         const auto one = scores(policy, 1, keys, queries);
         for (const int n_threads : { 2, 3, 7 }) {
             const auto many = scores(policy, n_threads, keys, queries);

@@ -184,7 +184,7 @@ def cache_options() -> Decorator:
         opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
         opt(
             "--kv-pin",
-            "First tokens that are never evicted; prompt: those of the first prompt (default: 4; rpc: prompt).",
+            "First tokens that are never evicted; prompt: the first prompt (default: 4; rpc: prompt).",
             Pin(),
             metavar="N|prompt",
         ),

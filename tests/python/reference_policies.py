@@ -147,14 +147,14 @@ def lagkv(c: Cells, spec: Spec) -> Scored:
     for i in range(chunks):
         here = slice(spec.pin + i * size, spec.pin + (i + 1) * size)
         there = slice(here.stop, here.stop + size)
-        total = 0.0
+        total = np.zeros((c.n_head_kv, size))
         for rows in (c.k.astype(np.float64), c.v.astype(np.float64)):
             low, high = rows[there].min(axis=0), rows[there].max(axis=0)
             reach = np.where(high > low, high - low, 1.0)
             relative = np.where(high > low, (rows[here] - low) / reach, 0.0)
-            total = total + ref.softmax(relative.std(axis=-1, ddof=1).T)
+            total += ref.softmax(relative.std(axis=-1, ddof=1).T)
         stop = min(here.stop, past)
-        z[:, here.start : stop] = np.asarray(total)[:, : max(0, stop - here.start)]
+        z[:, here.start : stop] = total[:, : max(0, stop - here.start)]
     return Scored(z)
 
 

@@ -144,7 +144,8 @@ def test_memory_keeps_what_one_window_looked_at() -> None:
 
 def test_samples_depend_on_the_seed_and_follow_importance() -> None:
     """With one key 4 times as likely as another it is drawn first 4 times as often (Gumbel-top-1)."""
-    k, q, v = np.zeros((11, 1, 64), np.float32), np.zeros((1, 1, 64), np.float32), np.ones((11, 1, 64))
+    k, q = np.zeros((11, 1, 64), np.float32), np.zeros((1, 1, 64), np.float32)
+    v = np.ones((11, 1, 64), np.float32)
     q[0, 0, 0], k[4, 0, 0] = 1.0, math.log(4.0)
     spec = ref.Spec("value-aware", budget=2, window=1, pin=0, pool=1, value_share=0.0)
     drawn = [

@@ -1,4 +1,4 @@
-"""Each policy in a context: what it keeps, over several compactions, where it is refused, what a state holds."""
+"""Each policy in a context: what it keeps over several passes, where it is refused, what a state holds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 def options_of(policy: str, **change: Any) -> Options:
     """Small budgets; rkv, snapkv and latest with a memory, so that all three store floats."""
-    memory = {"memory": 0.9} if policy in ("rkv", "snapkv", "latest") else {}
+    memory: dict[str, Any] = {"memory": 0.9} if policy in ("rkv", "snapkv", "latest") else {}
     spec = spec_of(policy, budget=48, window=6, pin=2, **memory)
     own = {name: change.pop(name) for name in list(change) if hasattr(spec, name)}
     return Options(replace(spec, **own), **{"buffer": 16, "batch": 24, **change})
@@ -60,7 +60,8 @@ def test_kept_sets_over_several_compactions(
 ) -> None:
     """generic: as on a device without kernels."""
     monkeypatch.setenv("RKV_GENERIC", generic)
-    tally, stats = ref.Tally(), {}
+    tally = ref.Tally()
+    stats: dict[int, np.ndarray] = {}
     with Context(wide, options_of(policy, **cache)) as context:
         held, fed = [0] * 2, 0
         for n in (60, 14, 15, 9):

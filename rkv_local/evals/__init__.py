@@ -1,0 +1,1 @@
+"""Does a compressed cache keep the answers right? Problems, runs and reports."""

@@ -32,6 +32,7 @@ struct rkv_case {
     int n_hadamard = 0, n_hadamard_v = 0;
     bool  neox = false, v_trans = false, reference = false;
     bool  nan_key = false; // one head of the first job holds a NaN
+    bool  same_values = false; // in all cells
     float mscale = 1.0f, lambda = 0.1f, threshold = 0.5f, softcap = 0.0f, memory = 0.0f, value_share = 0.1f;
     std::vector<rkv_case_job> jobs;
 };

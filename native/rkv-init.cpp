@@ -121,7 +121,8 @@ bool rkv_params_check(const rkv_params * params) {
     if (!(p.memory <= 1.0f)) {
         return rkv_set_error("memory must be 0 to 1, or negative for the policy's own, not %g", p.memory);
     }
-    if (p.memory > 0.0f && p.policy > RKV_POLICY_LATEST && p.policy != RKV_POLICY_GKV) {
+    const bool remembers = p.policy == RKV_POLICY_RKV || p.policy == RKV_POLICY_SNAPKV || p.policy == RKV_POLICY_LATEST || p.policy == RKV_POLICY_GKV;
+    if (p.memory > 0.0f && !remembers) {
         return rkv_set_error("the policy %s has no memory of importance", rkv_policy_name(p.policy));
     }
     if (p.chunk > RKV_MAX_CHUNK) {

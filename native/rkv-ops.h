@@ -158,6 +158,7 @@ static inline bool rkv_score_is_sane(const struct ggml_tensor * op, const struct
         par->n_rot >= 0 && par->n_rot % 2 == 0 && par->rope_begin >= 0 && par->rope_begin + par->n_rot <= n_embd &&
         (!op->src[6] || (op->src[6]->type == GGML_TYPE_F32 && op->src[6]->ne[0]*n_embd == q->ne[0])) &&
         par->n_sim >= 0 && par->n_sim <= RKV_MAX_AUX &&
+        ((par->policy != RKV_POLICY_CHUNKKV && par->policy != RKV_POLICY_LAGKV) || par->chunk >= 1) &&
         (rkv_n_aux(par) == 0 || (op->src[4] && op->src[4]->ne[0] >= rkv_n_aux(par))) &&
         (!rkv_needs_values(par->policy) || (op->src[7] && op->src[7]->ne[2] == par->n_head_kv)) &&
         (par->policy != RKV_POLICY_TRIATTENTION || (op->src[8] && op->src[9] && op->src[8]->ne[0] == rkv_n_stats(par, n_embd)));

@@ -198,6 +198,7 @@ def test_given_scores_decide() -> None:
     ("change", "native", "text"),
     [
         ({"policy": "h2o", "memory": 0.5}, {}, "h2o has no memory"),
+        ({"policy": "streaming", "memory": 0.5}, {}, "streaming has no memory"),
         ({"policy": "rkv", "memory": 1.5}, {}, "memory must be 0 to 1"),
         ({"policy": "chunkkv", "chunk": 5000}, {}, "chunk must be"),
         ({"policy": "value-aware", "value_share": 2.0}, {"v": True}, "value_share must be"),

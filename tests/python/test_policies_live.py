@@ -16,6 +16,7 @@ import reference_policies as others
 import states
 from compaction import compact_and_check
 from engine_tools import Context, Model, NativeError, Options
+from families import sinks_of
 from test_policies import NAMES, spec_of
 from tiny_families import write_family
 from tiny_models import Shape, write_model
@@ -70,6 +71,71 @@ def test_kept_sets_over_several_compactions(
             held = compact_and_check(context, WIDE.rope, held, tally=tally, stats=stats)
     assert tally.heads == 4 * 2 * 2
     assert tally.near_ties <= 2
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_uneven_budgets(wide: Model, policy: str) -> None:
+    """A layer that loses nothing yet still updates what it stores."""
+    tally = ref.Tally()
+    stats: dict[int, np.ndarray] = {}
+    with Context(wide, options_of(policy, layer_budgets=(64, 24))) as context:
+        held, fed = [0] * 2, 0
+        for n in (30, 14, 15, 14):
+            context.feed(TOKENS[fed : fed + n], last_only=True)
+            fed += n
+            held = compact_and_check(context, WIDE.rope, held, tally=tally, stats=stats)
+    assert held == [64, 24]  # 73 in the last pass
+    assert tally.near_ties <= 2
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_sequences_side_by_side(wide: Model, policy: str) -> None:
+    """Three in one pass, each with its own pin, keep what each keeps alone."""
+    alone = []
+    for seq in range(3):
+        with Context(wide, options_of(policy, batch=1)) as context:
+            assert context.pin(seq * 4)
+            context.feed(TOKENS[seq * 90 : seq * 90 + 150])
+            alone.append([context.all_positions(il).tolist() for il in range(2)])
+    with Context(wide, options_of(policy, batch=1, n_seq=3)) as context:
+        assert all(context.pin(seq * 4, seq) for seq in range(3))
+        for i in range(150):
+            context.decode([(TOKENS[seq * 90 + i], i, seq) for seq in range(3)])
+        for seq in range(3):
+            assert [context.all_positions(il, seq).tolist() for il in range(2)] == alone[seq]
+        assert context.stats.compactions == 3 * 6
+
+
+@pytest.mark.parametrize("policy", ["h2o", "gkv", "rpc", "chunkkv", "value-aware"])
+def test_attention_sinks(policy: str, tmp_path: Path) -> None:
+    path = write_family(tmp_path / "sinks.gguf", "window, sinks")
+    model, tally = Model(path), ref.Tally()
+    try:
+        with Context(model, options_of(policy, n_ctx=256)) as context:
+            held = [0] * len(context.layers)
+            for start in (0, 60, 75):
+                context.feed([t % model.n_vocab for t in TOKENS[start : start + (15 if start else 60)]])
+                sinks = sinks_of(path)
+                held = compact_and_check(context, ref.Rope(), held, tally=tally, sinks=sinks, rotated=False)
+    finally:
+        model.close()
+    assert tally.heads > 0
+    assert tally.near_ties <= 1
+
+
+@pytest.mark.parametrize("policy", ["h2o", "gkv", "rpc", "chunkkv", "keydiff"])
+def test_one_latent_key_without_values(policy: str, tmp_path: Path) -> None:
+    model, tally = Model(write_family(tmp_path / "mla.gguf", "MLA")), ref.Tally()
+    try:
+        with Context(model, options_of(policy, n_ctx=256)) as context:
+            held = [0] * len(context.layers)
+            for start in (0, 60, 75):
+                context.feed([t % model.n_vocab for t in TOKENS[start : start + (15 if start else 60)]])
+                held = compact_and_check(context, ref.Rope(), held, tally=tally, rotated=False)
+    finally:
+        model.close()
+    assert tally.heads == 9
+    assert tally.near_ties <= 1
 
 
 @pytest.mark.parametrize("policy", EVERY)

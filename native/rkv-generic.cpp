@@ -13,7 +13,8 @@ bool rkv_generic_forced() {
 
 bool rkv_has_kernel(ggml_backend_dev_t dev, const ggml_tensor * node) {
     const auto & par = *(const rkv_op_params *) node->op_params;
-    const bool rare = par.sub_op == RKV_SUB_OP_SCORE && (node->src[6] || (node->src[5] && par.rope_begin > 0));
+    const bool rare = par.sub_op == RKV_SUB_OP_SCORE &&
+        ((node->src[6] && rkv_asks_queries(par.policy)) || (node->src[5] && par.rope_begin > 0));
     if (rkv_generic_forced() || (rare && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU)) {
         return false;
     }

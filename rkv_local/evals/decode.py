@@ -9,7 +9,7 @@ larger matrix products decides between two nearly equal tokens.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,8 @@ class Batcher:
     """Generates answers with a context's sequences from `first` on.
 
     max_tokens: limit of every answer. temp 0: always the likeliest token; else each request draws from its own
-    random numbers, which `seed` and its id decide. n_generated and n_steps count while it runs.
+    random numbers, which `seed` and its id decide. stop: asked before every step whether to leave off.
+    n_generated and n_steps count while it runs.
     """
 
     context: Context
@@ -69,6 +70,7 @@ class Batcher:
     temp: float = 0.0
     seed: int = 0
     first: int = 0
+    stop: Callable[[], bool] = lambda: False
     n_generated: int = 0
     n_steps: int = 0
     _feeding: dict[int, _Feed] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class Batcher:
                         more = False
                     else:
                         self._begin(free.pop(), request)
-                if not self._requests:
+                if not self._requests or self.stop():
                     return
                 if not more:
                     free = self._close_ranks()

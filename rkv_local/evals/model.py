@@ -155,6 +155,11 @@ class Model:
         pieces = self._pieces
         return b"".join([pieces[t] for t in np.asarray(tokens).tolist()]).decode("utf-8", errors="replace")
 
+    def opened(self, prompt: Tokens) -> str:
+        """The tag of thinking that a prompt ends in, where the template opens it; else ""."""
+        pair = Template.open_tag(self.text(prompt[-16:]))
+        return pair[0] if pair else ""
+
     def prompt(self, user: str, system: str = "") -> Tokens:
         """Tokens of the chat template with the user's message, up to where the answer begins."""
         messages = [{"role": "system", "content": system}] if system else []

@@ -1,0 +1,170 @@
+"""The reasoner's tokenizer and its documents: what a problem and its trace look like as tokens."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import traces
+from problems import FAMILIES, KINDS, Problem, problem
+
+# first ids of the vocabulary; the think tags are shown as text, the others are control tokens
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SHOWN = ("<think>", "</think>")
+SPECIAL = CONTROL + SHOWN
+END, IM_START, IM_END, THINK, THINK_END = range(5)
+
+# words, single digits, punctuation: what llama.cpp calls "qwen2"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+# Only the last user message is read: the model was trained on single questions.
+CHAT_TEMPLATE = (
+    "{%- set asked = messages | selectattr('role', 'equalto', 'user') | list -%}"
+    "{{- '<|im_start|>user\\n' + asked[-1]['content'] + '<|im_end|>\\n' -}}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
+)
+
+# How often each kind of problem is seen.
+MIX = {
+    ("chain", "dense"): 0.34,
+    ("chain", "sparse"): 0.26,
+    ("digits", "dense"): 0.13,
+    ("digits", "sparse"): 0.10,
+    ("gym", "dense"): 0.10,
+    ("gym", "sparse"): 0.07,
+}
+
+
+def train_tokenizer(n_vocab: int, texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer (tokenizers.Tokenizer) of n_vocab tokens, special ones first."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(texts, trainer)
+    return tok
+
+
+class Corpus:
+    """Training documents, without end; every one is another problem.
+
+    Args:
+        tokenizer: from train_tokenizer().
+        seed: problems are numbered from seed * 2**24 on.
+        n_ctx: longest document, in tokens; longer ones are left out.
+        gym: entries of reasoning-gym by kind, made before; None makes them when needed.
+        short: the share of documents that a beginner's corpus takes from the shortest half.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        seed: int,
+        n_ctx: int,
+        gym: dict[str, list[dict[str, Any]]] | None = None,
+    ) -> None:
+        self.tok, self.n_ctx, self.gym = tokenizer, n_ctx, gym
+        self.rng = random.Random(f"corpus {seed}")
+        self.number = seed << 24
+        if not traces.LEGS:
+            traces.LEGS.update(gym["legs"] if gym else {})  # type: ignore[call-overload]
+
+    def problem(self) -> Problem:
+        """The next problem of the mix."""
+        family, kind = self.rng.choices(list(MIX), weights=list(MIX.values()))[0]
+        self.number += 1
+        entry = None
+        if family == "gym" and self.gym is not None:
+            entry = self.rng.choice(self.gym[kind])
+        return problem(family, kind, "train", self.number, entry)
+
+    def prompt(self, p: Problem) -> list[int]:
+        """Token ids up to and with `<think>\\n`."""
+        return prompt_ids(self.tok, p.question)
+
+    def document(self, p: Problem) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
+        """A problem with its trace: tokens [n], and whether each is learned [n]."""
+        segments = traces.trace(p, self.rng)
+        text = "".join(s for s, _ in segments)
+        learned = np.repeat([ok for _, ok in segments], [len(s) for s, _ in segments])
+        prompt = self.prompt(p)
+        enc = self.tok.encode(text, add_special_tokens=False)
+        starts = np.fromiter((a for a, _ in enc.offsets), np.int64, len(enc.ids))
+        ids = np.array([*prompt, *enc.ids, IM_END], np.int16)
+        mask = np.zeros(len(ids), np.bool_)
+        mask[len(prompt) : -1] = learned[starts]
+        mask[-1] = True
+        return ids, mask
+
+    def documents(self, longest: int | None = None) -> Iterator[tuple[NDArray[np.int16], NDArray[np.bool_]]]:
+        """Documents of at most `longest` tokens (None: n_ctx)."""
+        limit = self.n_ctx if longest is None else longest
+        while True:
+            ids, mask = self.document(self.problem())
+            if len(ids) <= limit:
+                yield ids, mask
+
+
+def prompt_ids(tok: Any, question: str) -> list[int]:
+    """What the chat template makes of a question."""
+
+    def plain(text: str) -> list[int]:
+        ids: list[int] = tok.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return [
+        IM_START,
+        *plain(f"user\n{question}"),
+        IM_END,
+        *plain("\n"),
+        IM_START,
+        *plain("assistant\n"),
+        THINK,
+        *plain("\n"),
+    ]
+
+
+def sample_texts(n: int, gym: dict[str, Any] | None) -> list[str]:
+    """Questions and traces to train the tokenizer on."""
+    corpus = Corpus(None, 1, 1 << 20, gym)
+    texts = []
+    for _ in range(n):
+        p = corpus.problem()
+        texts.append(f"user\n{p.question}")
+        texts.append("".join(s for s, _ in traces.trace(p, corpus.rng)))
+    texts += ["assistant\n", "\n"] * (n // 10)
+    return texts
+
+
+def gym_entries(n: int) -> dict[str, Any]:
+    """n reasoning-gym entries of each kind for training, and its table of legs: for a machine without the package."""
+    from problems import SPLITS, gym_entry
+
+    traces.learn_legs()
+    made: dict[str, Any] = {k: [gym_entry(k, SPLITS["train"] + i) for i in range(n)] for k in KINDS}
+    return {**made, "legs": dict(traces.LEGS)}
+
+
+__all__ = ["CHAT_TEMPLATE", "FAMILIES", "SPECIAL", "Corpus", "gym_entries", "prompt_ids", "train_tokenizer"]

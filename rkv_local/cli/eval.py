@@ -79,7 +79,9 @@ class Budgets(click.ParamType):
                 if not 0 < number < (10_000 if share else 2**31):
                     raise ValueError
             except ValueError:
-                self.fail(f"{part!r} is neither a number of cells nor a percentage of the mean trace", param, ctx)
+                self.fail(
+                    f"{part!r} is neither a number of cells nor a percentage of the mean trace", param, ctx
+                )
             found.append(Budget(number, share))
         return tuple(dict.fromkeys(found))
 
@@ -110,7 +112,7 @@ def other_cache_options() -> Decorator:
 
     def bare() -> None: ...
 
-    options = [p for p in reversed(cache_options()(bare).__click_params__)]
+    options = reversed(cache_options()(bare).__click_params__)
     kept = [p for p in options if p.name not in ("kv_policy", "kv_budget")]
 
     def decorate(function: Any) -> Any:
@@ -139,7 +141,11 @@ def common_options(percent: bool = True) -> Decorator:
         ),
         opt("--kv-budget", f"{sizes}.", Budgets(), "1024", "N,..."),
         other_cache_options(),
-        opt("-b --batch-size", "Most tokens of a prompt in one decode (default: the larger of the buffer and 256).", AT_LEAST_1),
+        opt(
+            "-b --batch-size",
+            "Most tokens of a prompt in one decode (default: the larger of the buffer and 256).",
+            AT_LEAST_1,
+        ),
         context_options(),
         opt(
             "-o --output",
@@ -173,8 +179,20 @@ def eval() -> None:
 
 @eval.command("reason")
 @opt("--kind", "Kinds of problems: dense, sparse, all.", Words(("dense", "sparse")), "all", "KIND,...")
-@opt("--family", "Families of problems: chain, digits, gym, all.", Words(("chain", "digits", "gym")), "all", "NAME,...")
-@opt("--split", "Which problems: those for training, for development, or the final ones.", click.Choice(("train", "dev", "final")), "dev", None)
+@opt(
+    "--family",
+    "Families of problems: chain, digits, gym, all.",
+    Words(("chain", "digits", "gym")),
+    "all",
+    "NAME,...",
+)
+@opt(
+    "--split",
+    "Which problems: those for training, for development, or the final ones.",
+    click.Choice(("train", "dev", "final")),
+    "dev",
+    None,
+)
 @opt("--n-problems", "Problems of each kind, in equal parts of the families.", AT_LEAST_1, 100)
 @generation_options(4096)
 @common_options()
@@ -220,7 +238,7 @@ def jsonl(file: Path, **values: Any) -> None:
 @eval.command("needles")
 @opt("--text", "A UTF-8 text to read (default: Python's language reference).", EXISTING, None, "FILE")
 @opt("--tokens", "Length of a text without its facts.", AT_LEAST_1, 2048)
-@opt("--depths", "Facts in a text, at as many depths.", click.IntRange(1, 16), 8)
+@opt("--depths", "Facts in a text, at as many depths.", click.IntRange(1, 12), 6)
 @opt("--n-texts", "Texts, one after the other.", AT_LEAST_1, 4)
 @generation_options(48)
 @common_options(percent=False)
@@ -265,8 +283,20 @@ def kl(text: Path | None, **values: Any) -> None:
 @eval.command("report")
 @click.argument("files", nargs=-1, required=True, type=EXISTING)
 @opt("-o --output", "Where the Markdown goes (default: stdout).", FILE, None, "FILE")
-@opt("--plots", "A folder for plots; needs matplotlib.", click.Path(path_type=Path, file_okay=False), None, "DIR")
-@opt("--default", "What the verdict is about, named as in the tables (default: KVBudget's policy).", str, None, "NAME")
+@opt(
+    "--plots",
+    "A folder for plots; needs matplotlib.",
+    click.Path(path_type=Path, file_okay=False),
+    None,
+    "DIR",
+)
+@opt(
+    "--default",
+    "What the verdict is about, named as in the tables (default: KVBudget's policy).",
+    str,
+    None,
+    "NAME",
+)
 @opt("--published", "What it is compared with.", str, "rkv", "NAME")
 @click.option("--json", is_flag=True, help="Print the summary rows as JSON instead.")
 def report(files: Sequence[Path], **values: Any) -> None:

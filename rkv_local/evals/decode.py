@@ -49,19 +49,21 @@ class Done:
 
 
 @dataclass
-class _Feed:
-    """A prompt that is being read: the tokens from `start` on are left."""
+class _Slot:
+    """A request that is being answered: of its prompt the tokens from `fed` on are left."""
 
+    request: Request
     tokens: Tokens
-    start: int = 0
+    draws: np.random.Generator | None = None
+    fed: int = 0
 
 
 @dataclass
 class Batcher:
     """Generates answers with a context's sequences from `first` on.
 
-    max_tokens: limit of every answer. temp 0: always the likeliest token; else each request draws from its own
-    random numbers, which `seed` and its id decide. stop: asked before every step whether to leave off.
+    max_tokens: limit of every answer. temp 0: always the likeliest token; else each request draws from random
+    numbers of its own, which `seed` and its id decide. stop: asked before every step whether to leave off.
     n_generated and n_steps count while it runs.
     """
 
@@ -73,9 +75,8 @@ class Batcher:
     stop: Callable[[], bool] = lambda: False
     n_generated: int = 0
     n_steps: int = 0
-    _feeding: dict[int, _Feed] = field(default_factory=dict)
-    _requests: dict[int, Request] = field(default_factory=dict)
-    _draws: dict[int, np.random.Generator] = field(default_factory=dict)
+    _slots: dict[int, _Slot] = field(default_factory=dict)
+    _feeding: dict[int, _Slot] = field(default_factory=dict)  # those that have no token yet, first come first
 
     def __post_init__(self) -> None:
         n = self.context.n_seq
@@ -120,7 +121,7 @@ class Batcher:
                         more = False
                     else:
                         self._begin(free.pop(), request)
-                if not self._requests or self.stop():
+                if not self._slots or self.stop():
                     return
                 if not more:
                     free = self._close_ranks()
@@ -130,7 +131,7 @@ class Batcher:
                     free.sort(reverse=True)
                     yield done
         finally:  # also when the caller stops listening
-            for slot in list(self._requests):
+            for slot in list(self._slots):
                 self._forget(slot)
 
     def _begin(self, slot: int, request: Request) -> None:
@@ -147,11 +148,10 @@ class Batcher:
             self._pin(slot, len(tokens))
         else:
             self.context.copy(request.base, slot)
-        self._requests[slot] = request
-        self._feeding[slot] = _Feed(tokens)
+        made = self._slots[slot] = self._feeding[slot] = _Slot(request, tokens)
         self._pos[slot], self._count[slot] = start, 0
         if self.temp > 0:
-            self._draws[slot] = np.random.default_rng([self.seed, zlib.crc32(request.id.encode())])
+            made.draws = np.random.default_rng([self.seed, zlib.crc32(request.id.encode())])
 
     def _pin(self, slot: int, n_prompt: int) -> None:
         """KVBudget.pin "prompt": the first prompt of a sequence, up to half of the budget."""
@@ -163,7 +163,7 @@ class Batcher:
     def _step(self) -> list[int]:
         """One decode; the slots whose answers are complete."""
         context = self.context
-        slots = np.flatnonzero(self._decoding)
+        slots = np.flatnonzero(self._decoding).astype(np.int32)
         if self._feeding:
             rows, n = self._put_mixed(slots)
         else:
@@ -192,12 +192,12 @@ class Batcher:
         context, room = self.context, self.context.setting.prompts
         parts: list[tuple[int, Tokens, bool]] = [(int(s), self._last[s : s + 1], True) for s in slots]
         for slot, feed in list(self._feeding.items()):
-            left = feed.tokens[feed.start :]
+            left = feed.tokens[feed.fed :]
             part = left[: context.setting.chunk]
             if len(part) > room:
                 break  # a chunk is never cut shorter: what is evicted must not depend on the neighbours
             room -= len(part)
-            feed.start += len(part)
+            feed.fed += len(part)
             parts.append((slot, part, len(part) == len(left)))
             if len(part) == len(left):
                 del self._feeding[slot]
@@ -210,28 +210,29 @@ class Batcher:
             context.output[end - 1] = ready
             self._pos[slot] += len(part)
             n = end
-        rows = np.array([slot for slot, _, ready in parts if ready], np.int64)
+        rows = np.array([slot for slot, _, ready in parts if ready], np.int32)
         return rows, n
 
     def _choose(self, logits: npt.NDArray[np.float32], rows: Tokens) -> Tokens:
         """The next token of each row: int [n]."""
         if self.temp > 0:
             # the largest of logit/temp + Gumbel noise is a draw from the softmax
-            noise = np.stack([self._draws[int(s)].gumbel(size=logits.shape[1]) for s in rows])
-            return (logits / self.temp + noise).argmax(axis=1)
-        return logits.argmax(axis=1)
+            draws = [self._slots[s].draws for s in rows.tolist()]
+            noise = np.stack([d.gumbel(size=logits.shape[1]) for d in draws if d is not None])
+            return (logits / self.temp + noise).argmax(axis=1).astype(np.int32)
+        return logits.argmax(axis=1).astype(np.int32)
 
     def _finish(self, slot: int) -> Done:
         tokens = self._out[slot, : self._count[slot]].copy()
-        request, stopped = self._requests[slot], bool(self._last[slot] == -1)
+        request, stopped = self._slots[slot].request, bool(self._last[slot] == -1)
         n_prompt = self._base_pos[request.base] + len(request.tokens)
         self._forget(slot)
         return Done(request.id, self.context.model.text(tokens), n_prompt, tokens, stopped)
 
     def _forget(self, slot: int) -> None:
         self._decoding[slot] = False
-        for kept in (self._requests, self._feeding, self._draws):
-            kept.pop(slot, None)
+        self._slots.pop(slot, None)
+        self._feeding.pop(slot, None)
         self.context.clear(slot)
 
     def _close_ranks(self) -> list[int]:
@@ -240,17 +241,17 @@ class Batcher:
         llama.cpp computes sequences together as long as their numbers have no gaps.
         """
         while True:
-            taken = sorted(self._requests)
-            holes = [s for s in range(self.first, taken[-1] + 1) if s not in self._requests] if taken else []
+            taken = sorted(self._slots)
+            holes = [s for s in range(self.first, taken[-1] + 1) if s not in self._slots] if taken else []
             if not holes:
                 break
             source, target = taken[-1], holes[0]
             self.context.copy(source, target)
             for state in (self._pos, self._last, self._count, self._decoding, self._out):
                 state[target] = state[source]
-            for kept in (self._requests, self._feeding, self._draws):
+            for kept in (self._slots, self._feeding):
                 if source in kept:
-                    kept[target] = kept.pop(source)  # type: ignore[attr-defined]
+                    kept[target] = kept.pop(source)
             self._decoding[source] = False
             self.context.clear(source)
-        return [s for s in range(self.context.n_seq - 1, self.first - 1, -1) if s not in self._requests]
+        return [s for s in range(self.context.n_seq - 1, self.first - 1, -1) if s not in self._slots]

@@ -115,17 +115,16 @@ def measure(runner: Runner, texts: Texts, budgets: Sequence[KVBudget | None]) ->
     progress.total, progress.done, progress.batcher = texts.n * texts.tokens, 0, None
     if not wanted:
         return configs
-    more = {"n_outputs": texts.step}
     with contextlib.ExitStack() as stack:
         plain = Setting(
             n_ctx=texts.tokens,
             flash_attn=runner.setting.flash_attn,
             threads=runner.setting.threads,
             kv_offload=runner.setting.kv_offload,
-            **more,
+            n_outputs=texts.step,
         )
         full = stack.enter_context(Context(runner.model, plain))
-        others = [stack.enter_context(runner.context(c, kv, texts.tokens, 1, **more)) for c, kv in wanted]
+        others = [stack.enter_context(runner.context(c, kv, texts.tokens, 1, texts.step)) for c, kv in wanted]
         for t in range(texts.n):
             part = tokens[t * texts.tokens : (t + 1) * texts.tokens]
             if all(id in runner.store.done(c) for c, _ in wanted for id in ids if id.startswith(f"{t}@")):

@@ -59,7 +59,9 @@ def kinds(section: Section) -> list[tuple[str, str, Any]]:
     if section.kind == "needles":
         made.append(("Needles found, by depth and budget", "heat", heat))
     else:
-        made.append(("Trace length against budget", "tokens", lambda s: lines(s, "mean_tokens", "mean tokens")))
+        made.append(
+            ("Trace length against budget", "tokens", lambda s: lines(s, "mean_tokens", "mean tokens"))
+        )
     return made
 
 
@@ -82,9 +84,12 @@ def lines(section: Section, value: str, label: str) -> Any:
         rows = [r for c in section.columns if (r := section.find(name, c))]
         x = [r["budget_percent"] if percent else r["budget"] for r in rows]
         y = [r[value] for r in rows]
-        bars = [[max(0.0, v - r[ends[0]]) for v, r in zip(y, rows, strict=True)],
-                [max(0.0, r[ends[1]] - v) for v, r in zip(y, rows, strict=True)]] if ends else None  # fmt: skip
-        axes.errorbar(x, y, bars, label=name, marker="os^vD<>ph*"[i % 10], markersize=4, capsize=2, linewidth=1)
+        bars = None
+        if ends:
+            bars = [[abs(v - r[end]) for v, r in zip(y, rows, strict=True)] for end in ends]
+        axes.errorbar(
+            x, y, bars, label=name, marker="os^vD<>ph*"[i % 10], markersize=4, capsize=2, linewidth=1
+        )
     full = section.full
     if full is not None and value != "kl":
         axes.axhline(full[value], color="black", linestyle=":", linewidth=1, label="full cache")
@@ -115,7 +120,10 @@ def heat(section: Section) -> Any:
     for axes, name in zip(panels[0], names, strict=True):
         rows = [r for c in section.columns if (r := section.find(name, c))] + ([full] if full else [])
         grid = np.array(
-            [[r["depths"][d][0] / r["depths"][d][1] if d in r["depths"] else np.nan for r in rows] for d in depths]
+            [
+                [r["depths"][d][0] / r["depths"][d][1] if d in r["depths"] else np.nan for r in rows]
+                for d in depths
+            ]
         )
         image = axes.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axes.set_title(name, fontsize=8)

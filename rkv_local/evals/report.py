@@ -16,7 +16,10 @@ __all__ = ["overview", "page", "title"]
 
 PUBLISHED = "rkv"
 COMPARED = (10, 16, 25, 34)  # percent of the mean trace
-AIMS = {"dense": ((25, 0.97), (16, 0.90)), "sparse": ((10, 0.97),)}  # budget, share of the full cache's accuracy
+AIMS = {
+    "dense": ((25, 0.97), (16, 0.90)),
+    "sparse": ((10, 0.97),),
+}  # budget, share of the full cache's accuracy
 _NEAR = 1.5  # points that a budget may be off the percentage it stands for
 NO_PLOTS = "Without plots: matplotlib is not installed (`pip install 'rkv-local[eval]'`)."
 
@@ -56,7 +59,9 @@ def title(section: Section) -> str:
     """What a section is about, unique among the sections of a report."""
     task, row = section.task, section.rows[0]
     text = {
-        "reason": lambda: f"{task['kind'].capitalize()} problems ({task['split']} seeds: {', '.join(task['families'])})",
+        "reason": lambda: (
+            f"{task['kind'].capitalize()} problems ({task['split']} seeds: {', '.join(task['families'])})"
+        ),
         "jsonl": lambda: f"{task['file']}",
         "needles": lambda: f"Needles in {task['tokens']:,} tokens of {task['text']}",
         "kl": lambda: f"Distance from the full cache over {task['tokens']:,} tokens of {task['text']}",
@@ -79,19 +84,18 @@ def heading(section: Section, col: tuple[int, float]) -> str:
 
 
 def main_variants(section: Section) -> list[str]:
-    """Rows of the main table: policies as they come, and other settings measured at three budgets at least."""
-    seen: dict[str, set[tuple[int, float]]] = {}
-    for row in section.of_types():
-        if row["kv"] is not None:
-            seen.setdefault(row["variant"], set()).add(column(row))
-    return [label for label, cols in seen.items() if " " not in label or len(cols) >= 3]
+    """Rows of the main table: each policy's base, and other settings measured at three budgets."""
+    seen = section.variants()
+    return [label for label, cols in seen.items() if label == section.base(label) or len(cols) >= 3]
 
 
 def grid(section: Section, labels: Sequence[str], show: Any) -> str:
     """A table of variants by budgets."""
     cols = section.columns
     body = [[label, *(show(section.find(label, c)) for c in cols)] for label in labels]
-    return markdown_table(["policy", *(heading(section, c) for c in cols)], body, [False] + [True] * len(cols))
+    return markdown_table(
+        ["policy", *(heading(section, c) for c in cols)], body, [False] + [True] * len(cols)
+    )
 
 
 def by_tasks(section: Section) -> list[str]:
@@ -100,18 +104,24 @@ def by_tasks(section: Section) -> list[str]:
     out = []
     if full is not None:
         text = (
-            f"Full cache: {accuracy(full)} of {full['problems']:,} right, {full['mean_tokens']:,.0f} tokens on average, "
-            f"at most {full['max_tokens']:,}, {pct(full['limit_share'])} at the limit of {full['limit']:,}."
+            f"Full cache: {accuracy(full)} of {full['problems']:,} right, {full['mean_tokens']:,.0f} tokens "
+            f"on average, at most {full['max_tokens']:,}, {pct(full['limit_share'])} at the limit of "
+            f"{full['limit']:,}."
         )
         if "families" in full:
-            text += " By family: " + ", ".join(
-                f"{name} {right}/{n}" for name, (right, n) in full["families"].items()
-            ) + "."
+            text += (
+                " By family: "
+                + ", ".join(f"{name} {right}/{n}" for name, (right, n) in full["families"].items())
+                + "."
+            )
         out.append(text)
     if labels:
         out += ["Right answers, with 95 % intervals:", grid(section, labels, accuracy)]
         if section.kind != "needles":
-            out += ["Mean tokens of a trace, and the share that hit the limit:", grid(section, labels, lengths)]
+            out += [
+                "Mean tokens of a trace, and the share that hit the limit:",
+                grid(section, labels, lengths),
+            ]
     if section.kind == "needles":
         out += depth_table(section, labels)
     return out
@@ -139,9 +149,9 @@ def by_distance(section: Section) -> list[str]:
     """The table of a section of KL divergences."""
     row = section.rows[0]
     text = (
-        f"KL divergence from the full f16 cache in nats with 95 % intervals, and the share of positions with the same likeliest "
-        f"token. Means over {row['positions']:,} positions from {row['from_position']:,} on, read "
-        f"{section.task['step']} tokens at a time. The full cache's own loss is {row['nll_full']:.3f} nats a token."
+        "KL divergence from the full f16 cache in nats with 95 % intervals, and the share of positions with the "
+        f"same likeliest token. Means over {row['positions']:,} positions from {row['from_position']:,} on, "
+        f"read {section.task['step']} tokens at a time. The full cache's own loss is {row['nll_full']:.3f} nats."
     )
     full = [["full cache", types(r), kl_text(r)] for r in section.rows if r["kv"] is None]
     out = [text, grid(section, main_variants(section), kl_text)]
@@ -159,13 +169,16 @@ def shared_heads(section: Section) -> list[str]:
     for row in section.of_types():
         if row["kv"] is None or not row["kv"].get("shared_heads"):
             continue
-        label = " ".join(w for w in row["variant"].split() if w != "shared_heads")
+        label = row["variant"].replace(" shared_heads", "")
         own = section.find(label, column(row))
         body.append([label, heading(section, column(row)), cell(section, own), cell(section, row)])
     if not body:
         return []
     head = ["policy", "budget", "each layer and head its own cells", "one index set for all"]
-    return ["**Per head against one index set for all heads and layers:**", markdown_table(head, body, [False] * 4)]
+    return [
+        "**Per head against one index set for all heads and layers:**",
+        markdown_table(head, body, [False] * 4),
+    ]
 
 
 def quantised(section: Section) -> list[str]:
@@ -196,16 +209,17 @@ def ablations(section: Section) -> list[str]:
     main = main_variants(section)
     body = []
     for row in section.of_types():
-        if row["kv"] is None or " " not in row["variant"] or row["kv"].get("shared_heads"):
+        if row["kv"] is None or row["kv"].get("shared_heads"):
             continue
-        policy, _, changed = row["variant"].partition(" ")
-        if row["variant"] in main and section.find(policy, column(row)) is None:
+        label = section.base(row["variant"])
+        base = section.find(label, column(row))
+        if row["variant"] == label or (base is None and row["variant"] in main):
             continue
-        base = section.find(policy, column(row))
-        body.append([policy, changed, heading(section, column(row)), cell(section, base), cell(section, row)])
+        changed = row["variant"].partition(" ")[2] or "defaults"
+        body.append([label, changed, heading(section, column(row)), cell(section, base), cell(section, row)])
     if not body:
         return []
-    head = ["policy", "changed", "budget", "default", "so"]
+    head = ["policy", "with", "budget", "as in the table above", "so"]
     return ["**Ablations:**", markdown_table(head, body, [False] * 5)]
 
 
@@ -231,9 +245,9 @@ def verdict(section: Section, default: str, published: str) -> list[str]:
         separate = apart((ours["low"], ours["high"]), (theirs["low"], theirs["high"]))
         better = ours["accuracy"] > theirs["accuracy"]
         clear += separate and better
-        said = ("better" if better else "equal" if ours["accuracy"] == theirs["accuracy"] else "**worse**") + (
-            ", intervals apart" if separate else ", intervals overlap"
-        )
+        said = (
+            "better" if better else "equal" if ours["accuracy"] == theirs["accuracy"] else "**worse**"
+        ) + (", intervals apart" if separate else ", intervals overlap")
         body.append([f"{percent} %", f"{ours['budget']:,}", accuracy(ours), accuracy(theirs), said])
     if body:
         head = ["budget", "cells", default, published, "verdict"]
@@ -275,7 +289,18 @@ def overview(rows: Sequence[Row]) -> str:
                 for r in section.rows
             ]
         else:
-            head = ["policy", "cells", "% of trace", "cache", "right", "tokens", "max", "at limit", "MiB", "s"]
+            head = [
+                "policy",
+                "cells",
+                "% of trace",
+                "cache",
+                "right",
+                "tokens",
+                "max",
+                "at limit",
+                "MiB",
+                "s",
+            ]
             body = [
                 [
                     r["variant"],
@@ -301,7 +326,11 @@ def origin(rows: Sequence[Row]) -> str:
     models = sorted({f"{r['model']} (sha256 {r['sha256'][:16]})" for r in rows})
     devices = sorted({d for r in rows for d in r["device"]})
     builds = sorted(
-        {f"rkv-local {v.get('rkv-local')}, {v.get('build')}" for r in rows for v in map(json.loads, r["versions"])}
+        {
+            f"rkv-local {v.get('rkv-local')}, {v.get('build')}"
+            for r in rows
+            for v in map(json.loads, r["versions"])
+        }
     )
     dates = sorted({r["date"] for r in rows if r["date"]})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else "unknown date"

@@ -81,9 +81,12 @@ class Runner:
             percent=percent,
         )
 
-    def context(self, config: Config, kv: KVBudget | None, n_ctx: int, n_seq: int, **more: Any) -> Context:
+    def context(
+        self, config: Config, kv: KVBudget | None, n_ctx: int, n_seq: int, n_outputs: int | None = None
+    ) -> Context:
         """A context of this configuration, told to the store."""
-        context = Context(self.model, replace(self.setting, kv=kv, n_ctx=n_ctx, n_seq=n_seq, **more))
+        setting = replace(self.setting, kv=kv, n_ctx=n_ctx, n_seq=n_seq, n_outputs=n_outputs)
+        context = Context(self.model, setting)
         try:
             self.store.begin(config, self.about(context))
         except BaseException:
@@ -121,7 +124,9 @@ class Runner:
         if mean is None:
             raise KeyboardInterrupt
         if mean == 0:
-            raise ValueError(f"{task.title}: the full cache's answers have no tokens, of which no share can be taken")
+            raise ValueError(
+                f"{task.title}: the full cache's answers have no tokens, of which no share can be taken"
+            )
         return max(1, round(mean * percent / 100))
 
     def run(self, task: Task, kv: KVBudget | None, percent: float | None = None) -> Config:
@@ -133,10 +138,7 @@ class Runner:
         config = self.config(task.name, kv, percent)
         done = self.store.done(config)
         rows = [done[id] for id in task.ids if id in done]
-        todo = [
-            (group, [item for item in group.items if item.id not in done])
-            for group in task.groups
-        ]
+        todo = [(group, [item for item in group.items if item.id not in done]) for group in task.groups]
         todo = [(group, items) for group, items in todo if items]
         self.progress.total, self.progress.done = len(task.ids), len(rows)
         self.progress.correct = sum(row["ok"] for row in rows)

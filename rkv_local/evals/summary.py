@@ -32,7 +32,7 @@ def variant(kv: Row | None) -> str:
                 words.append(f"batch={value}")
         elif name == "layer_budgets" and "schedule" in kv:
             continue
-        elif name not in ("policy", "budget") and value not in (_DEFAULTS.get(name), "uniform"):
+        elif name not in ("policy", "budget") and value not in (_DEFAULTS.get(name, False), None, "uniform"):
             shown = f"={value:g}" if isinstance(value, float) else f"={value}"
             words.append(_SHORT.get(name, name) + ("" if value is True else shown))
     return " ".join([str(kv["policy"]), *words])
@@ -80,7 +80,7 @@ def answers(results: Results, config: Config) -> Row:
     rows = list(problems.values())
     n, correct = len(rows), sum(r["ok"] for r in rows)
     low, high = wilson(correct, n)
-    mean = results.mean_trace(config)
+    mean = results.mean_trace(config) if config.task["task"] != "needles" else None
     made: Row = {
         "problems": n,
         "correct": correct,
@@ -160,6 +160,20 @@ class Section:
     def of_types(self, type_k: str = "f16", type_v: str = "f16") -> list[Row]:
         """Rows with these types of keys and values."""
         return [r for r in self.rows if (r["type_k"], r["type_v"]) == (type_k, type_v)]
+
+    def variants(self) -> dict[str, set[tuple[int, float]]]:
+        """Budgets of every variant with f16 keys and values, in order of appearance."""
+        seen: dict[str, set[tuple[int, float]]] = {}
+        for row in self.of_types():
+            if row["kv"] is not None:
+                seen.setdefault(row["variant"], set()).add(column(row))
+        return seen
+
+    def base(self, label: str) -> str:
+        """The variant of the same policy that others are compared with: the defaults, else the most measured."""
+        policy = label.partition(" ")[0]
+        seen = {name: cols for name, cols in self.variants().items() if name.partition(" ")[0] == policy}
+        return policy if policy in seen or not seen else max(seen, key=lambda name: len(seen[name]))
 
     def find(self, label: str, column_: tuple[int, float], rows: Sequence[Row] | None = None) -> Row | None:
         """The row of a variant and a budget, with f16 keys and values unless rows are given."""

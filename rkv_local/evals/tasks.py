@@ -25,7 +25,10 @@ COMPARE: dict[str, Callable[[str, str], bool]] = {
 
 @dataclass(frozen=True)
 class Item:
-    """A question (the user's message, or what follows a group's text) with its answer; fields: for the result."""
+    """A question (the user's message, or what follows a group's text) and its answer.
+
+    fields: what else a result says.
+    """
 
     id: str
     question: str
@@ -75,7 +78,7 @@ def shortened(text: str) -> str:
 
 
 def reason_task(kind: str, families: Sequence[str], split: str, n: int) -> Task:
-    """n problems of one kind, in equal parts of each family (the first ones have one more where it doesn't divide).
+    """n problems of one kind, in equal parts of each family; where that leaves some, the first ones have one more.
 
     Raises:
         ValueError: no such kind, family or split. RuntimeError: a family needs a package that is absent.
@@ -95,12 +98,12 @@ def jsonl_task(
 ) -> Task:
     """The first n questions of a JSON Lines file; None: all.
 
-    A line is an object with question, problem or prompt, and answer or solution. `id` or `unique_id` names it,
-    else its line number.
+    A line is an object with question, problem or prompt, and answer or solution. `id` or `unique_id` names
+    it, else its line number.
 
     Raises:
-        ValueError: the file cannot be read, or a line is not as described. RuntimeError: math-verify is wanted
-            and absent.
+        ValueError: the file cannot be read, or a line is not as described. RuntimeError: math-verify is
+            wanted and absent.
     """
     from .answers import expected
 
@@ -129,7 +132,9 @@ def jsonl_task(
             raise ValueError(f"{where} is not JSON") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where} is not an object with a question and an answer")
-        question = next((row[f] for f in ("question", "problem", "prompt") if isinstance(row.get(f), str)), "")
+        question = next(
+            (row[f] for f in ("question", "problem", "prompt") if isinstance(row.get(f), str)), ""
+        )
         if not question.strip():
             raise ValueError(f"{where} has no question: a field question, problem or prompt is needed")
         id = str(row.get("id", row.get("unique_id", number)))

@@ -15,34 +15,28 @@ from .tasks import Group, Item, Task
 __all__ = ["Source", "needles", "source"]
 
 INTRODUCTION = "Read this text. A question about it follows.\n\n"
-QUESTION = "\n\nThat was the text. {question} Answer with a few words."
+QUESTION = "\n\nAnswer this question with a fact from the text: {question}"
 
-# a fact, a question about it in other words, and which values fill it: {p} a place, {w} a person, {n} a number
+# a fact, a question about it in other words, and which value answers it: {j} is who it is about
 FACTS = (
-    ("The ferry to {p} leaves from pier {n}.", "At which pier does one board the boat that goes to {p}?", "n"),
-    ("{w} keeps the spare key under the {c} flowerpot.", "What colour is the pot that hides {w}'s extra key?", "c"),
-    ("The lighthouse of {p} was built in {y}.", "In what year was {p}'s lighthouse put up?", "y"),
-    ("{w} plays the {i} in the town's orchestra.", "Which instrument does {w} play?", "i"),
-    ("The library of {p} owns {n} maps of the moon.", "How many moon maps are in {p}'s library?", "n"),
-    ("{w} painted the garden gate {c}.", "Which colour did {w} give to the garden gate?", "c"),
-    ("The night train to {p} has {n} sleeping cars.", "How many cars with beds has the night train to {p}?", "n"),
-    ("{w} was born in {y} on a ship.", "What is the year of birth of {w}, who was born at sea?", "y"),
-    ("The baker of {p} sells bread with {f}.", "What is in the bread that one can buy in {p}?", "f"),
-    ("{w} has locker number {n} at the swimming pool.", "Which locker does {w} use at the pool?", "n"),
-    ("The mayor of {p} collects old {o}.", "What old things does {p}'s mayor collect?", "o"),
-    ("{w} lost a bag full of {o} on the bus.", "What was in the bag that {w} left on the bus?", "o"),
-    ("The tower clock of {p} is {n} minutes slow.", "By how many minutes is {p}'s tower clock late?", "n"),
-    ("{w} named the new boat after a {f} tree.", "The tree of which fruit gave {w}'s boat its name?", "f"),
-    ("The school of {p} was closed in {y}.", "When did {p}'s school shut its doors?", "y"),
-    ("{w} teaches the {i} to children on Fridays.", "What do children learn to play from {w}?", "i"),
+    ("the password of the {j} is {n}.", "What is the secret number of the {j}?", "n"),
+    ("the {j} paid with a {c} card.", "Which colour had the card of the {j}?", "c"),
+    ("the room of the {j} has the number {n}.", "In which room does one find the {j}?", "n"),
+    ("the {j} was born in {y}.", "What is the year of birth of the {j}?", "y"),
+    ("the telephone number of the {j} is {n}.", "Which number does one dial to call the {j}?", "n"),
+    ("the {j} painted the door {c}.", "What colour did the {j} give to the door?", "c"),
+    ("the {j} goes home by bus {n}.", "Which bus takes the {j} back home?", "n"),
+    ("the boat of the {j} is called {w}.", "What name does the {j}'s boat have?", "w"),
+    ("the {j} owns {n} sheep.", "How many sheep belong to the {j}?", "n"),
+    ("the {j} plays the {i}.", "Which instrument is the {j}'s?", "i"),
+    ("the {j} opened a shop in {y}.", "Since when does the {j}'s shop exist?", "y"),
+    ("the locker of the {j} is number {n}.", "Which locker holds the {j}'s things?", "n"),
 )
-PLACES = "Lindhavn Orsova Marwick Tresco Vellinge Karsund Brenton Almora Dunmere Fairlie Quilan Ostra Penryn Zelten"
-PEOPLE = "Agnes Bruno Clara Dmitri Esther Felix Greta Hassan Ingrid Jonas Keiko Lorenz Marta Nadia Oskar Petra"
+ROLES = "baker judge pilot nurse miner sailor tailor poet barber painter butcher gardener".split()  # noqa: SIM905
 WORDS = {
     "c": "yellow purple orange green black white",
     "i": "cello trumpet flute harp oboe tuba",
-    "f": "plum cherry walnut fig apricot olive",
-    "o": "coins lamps stamps buttons radios umbrellas",
+    "w": "Agnes Clara Esther Greta Ingrid Marta",
 }
 
 
@@ -111,22 +105,18 @@ def excerpts(paragraphs: Sequence[str], lengths: Sequence[int], tokens: int, n: 
 
 
 def facts(n: int, rng: random.Random) -> list[tuple[str, str, str]]:
-    """n facts with question and answer, no two about the same place or person.
+    """n facts with question and answer, each about someone else.
 
     Raises:
         ValueError: there are not so many.
     """
     if n > len(FACTS):
         raise ValueError(f"{n} facts in one text, there are {len(FACTS)}")
-    places, people = PLACES.split(), PEOPLE.split()
-    rng.shuffle(places)
-    rng.shuffle(people)
     made = []
-    for fact, question, kind in rng.sample(FACTS, n):
+    for (fact, question, kind), role in zip(rng.sample(FACTS, n), rng.sample(ROLES, n), strict=True):
         values = {key: rng.choice(words.split()) for key, words in WORDS.items()}
-        values |= {"n": str(rng.randint(12, 98)), "y": str(rng.randint(1702, 1989))}
-        values |= {"p": places.pop() if "{p}" in fact else "", "w": people.pop() if "{w}" in fact else ""}
-        made.append((fact.format(**values), question.format(**values), values[kind]))
+        values |= {"j": role, "n": str(rng.randint(1000, 9999)), "y": str(rng.randint(1702, 1989))}
+        made.append((f"Please remember: {fact.format(**values)}", question.format(**values), values[kind]))
     return made
 
 
@@ -146,9 +136,7 @@ def needles(
         depths = [(d + 0.5) / n_depths for d in range(n_depths)]
         planted: dict[int, list[str]] = {}
         items = []
-        for d, (depth, (fact, question, answer)) in enumerate(
-            zip(depths, facts(n_depths, rng), strict=True)
-        ):
+        for d, (depth, (fact, question, answer)) in enumerate(zip(depths, facts(n_depths, rng), strict=True)):
             planted.setdefault(round(depth * len(paragraphs)), []).append(fact)
             items.append(
                 Item(f"{t}@{d}", QUESTION.format(question=question), answer, {"depth": round(depth, 3)})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,36 @@ class Budgets(click.ParamType):
         return tuple(dict.fromkeys(found))
 
 
+class Field(click.ParamType):
+    """NAME=VALUE,...: a field of KVBudget and one value or several."""
+
+    name = "name=value,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """(name, tuple of values)."""
+        from rkv_local.budget import KVBudget
+
+        if not isinstance(value, str):
+            return value
+        name, _, text = value.partition("=")
+        names = [f.name for f in fields(KVBudget) if f.name not in ("policy", "budget", "batch")]
+        if name not in names:
+            self.fail(f"{value!r} does not begin with one of {', '.join(names)} and =", param, ctx)
+        return name, tuple(dict.fromkeys(literal(part.strip()) for part in text.split(",")))
+
+
+def literal(text: str) -> Any:
+    """A number, true, false, or the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 class Words(click.ParamType):
     """Names with commas between them; all: those that there are."""
 
@@ -142,6 +174,14 @@ def common_options(percent: bool = True) -> Decorator:
         opt("--kv-budget", f"{sizes}.", Budgets(), "1024", "N,..."),
         other_cache_options(),
         opt(
+            "--kv-set",
+            "Set a field of KVBudget, for ablations; several values or fields make all combinations.",
+            Field(),
+            None,
+            "NAME=VALUE,...",
+            multiple=True,
+        ),
+        opt(
             "-b --batch-size",
             "Most tokens of a prompt in one decode (default: the larger of the buffer and 256).",
             AT_LEAST_1,
@@ -181,9 +221,9 @@ def eval() -> None:
 @opt("--kind", "Kinds of problems: dense, sparse, all.", Words(("dense", "sparse")), "all", "KIND,...")
 @opt(
     "--family",
-    "Families of problems: chain, digits, gym, all.",
+    "Families of problems: chain, digits, gym (needs reasoning-gym), all.",
     Words(("chain", "digits", "gym")),
-    "all",
+    "chain,digits",
     "NAME,...",
 )
 @opt(
@@ -369,15 +409,28 @@ def budgets_of(
         n = cells(budget)
         for policy in policies:
             kv = budget_of({**values, "kv_policy": policy, "kv_budget": n}, values["batch_size"])
-            made.append((kv, budget.value if budget.percent else None))
+            assert kv is not None
+            for changed in variations(kv, values["kv_set"]):
+                made.append((changed, budget.value if budget.percent else None))
     return made
+
+
+def variations(kv: KVBudget, sets: Sequence[tuple[str, tuple[Any, ...]]]) -> list[KVBudget]:
+    """A budget with all combinations of --kv-set."""
+    names = [name for name, _ in sets]
+    try:
+        return [
+            replace(kv, **dict(zip(names, combination, strict=True)))
+            for combination in itertools.product(*(choices for _, choices in sets))
+        ]
+    except (ValueError, TypeError) as err:
+        raise click.UsageError(f"--kv-set: {err}") from err
 
 
 def run(values: dict[str, Any], work: Callable[[Runner], list[Config]]) -> None:
     """Load the model, do the work with progress on stderr, print the summary.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C; what is finished is stored.
+    After Ctrl-C the exit code is 130, and what is finished is stored.
     """
     if any(b.percent for b in values["kv_budget"]) and "kind" not in values and "compare" not in values:
         raise click.UsageError("--kv-budget in percent is for tasks with traces: give cells")
@@ -388,10 +441,11 @@ def run(values: dict[str, Any], work: Callable[[Runner], list[Config]]) -> None:
     from rkv_local.cli import nativelog
     from rkv_local.evals.model import Model, Setting
     from rkv_local.evals.results import Store
-    from rkv_local.evals.runner import Progress, Runner, device_name
+    from rkv_local.evals.runner import Progress, Runner, Stopped, device_name
 
     nativelog.install(values["verbose"])
     nativelog.clear()
+    configs: list[Config] = []
     with Interrupt() as interrupt, Store(values["output"]) as store:
         try:
             with Model(found.path, gpu_layers) as model:
@@ -414,14 +468,14 @@ def run(values: dict[str, Any], work: Callable[[Runner], list[Config]]) -> None:
                     progress=Progress(),
                     stop=lambda: interrupt.pressed,
                 )
-                with ui.progress("eval", runner.progress.state):
+                with ui.progress("eval", runner.progress.state), contextlib.suppress(Stopped):
                     configs = work(runner)
         except RuntimeError as err:
             raise RuntimeError(nativelog.reason(str(err), found.name)) from err
         if interrupt.pressed:
             if values["output"]:
                 ui.line(f"stopped; the same command continues {values['output']}")
-            raise KeyboardInterrupt
+            click.get_current_context().exit(130)
         say(store, configs, values["json"])
 
 

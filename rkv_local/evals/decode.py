@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -155,10 +155,10 @@ class Batcher:
 
     def _pin(self, slot: int, n_prompt: int) -> None:
         """KVBudget.pin "prompt": the first prompt of a sequence, up to half of the budget."""
-        kv: Any = self.context.kv
-        if kv is not None and kv.pin == "prompt":
-            pin: Any = _native.seq_pin  # type: ignore[attr-defined, unused-ignore]
-            pin(self.context.raw, slot, min(n_prompt, kv.budget // 2))
+        kv, native = self.context.kv, cast(Any, _native)
+        if kv is not None and cast(Any, kv).pin == "prompt":
+            n = cast(Any, kv).prompt_pin(n_prompt, self.context.model.n_layer)
+            native.seq_pin(self.context.raw, n, slot)
 
     def _step(self) -> list[int]:
         """One decode; the slots whose answers are complete."""

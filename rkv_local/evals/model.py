@@ -100,7 +100,7 @@ class Model:
             self.close()
             raise RuntimeError(f"{self.path.name} has no vocabulary: it can be measured, not talked to")
         self.n_vocab = int(low.llama_vocab_n_tokens(self.vocab))
-        self.n_ctx_train = int(low.llama_model_n_ctx_train(self.raw))
+        self.n_layer = int(low.llama_model_n_layer(self.raw))
         # [n_vocab]: the tokens that end an answer
         self.ends = np.array([low.llama_vocab_is_eog(self.vocab, i) for i in range(self.n_vocab)], bool)
         metadata = {k: v for k, v in read_metadata(self.path).items() if isinstance(v, str)}

@@ -17,9 +17,13 @@ from .model import Context, Model, Setting, Tokens
 from .results import Config, Store, kv_fields
 from .tasks import Group, Item, Task
 
-__all__ = ["Progress", "Runner"]
+__all__ = ["Progress", "Runner", "Stopped"]
 
 _MARK = "\x1e"  # record separator: stands where a group's text ends while its template is rendered
+
+
+class Stopped(Exception):
+    """A measurement that something else needs was stopped."""
 
 
 @dataclass
@@ -65,14 +69,11 @@ class Runner:
 
     def config(self, task: dict[str, Any], kv: KVBudget | None, percent: float | None = None) -> Config:
         """The configuration of a task under a budget."""
-        from rkv_local.shape import ModelShape
-
-        n_layer = ModelShape.of(self.model.path).n_layer if kv and kv.layer_budgets else 0
         return Config(
             model=self.name,
             sha256=self.model.sha256,
             task=task,
-            kv=kv_fields(kv, n_layer),
+            kv=kv_fields(kv, self.model.n_layer),
             type_k=self.setting.type_k,
             type_v=self.setting.type_v,
             max_tokens=self.max_tokens,
@@ -114,7 +115,7 @@ class Runner:
         """A share of the mean trace, which is measured first where the store does not have it.
 
         Raises:
-            KeyboardInterrupt: stopped meanwhile. ValueError: the answers have no tokens.
+            Stopped: `stop` was true before it was known. ValueError: the answers have no tokens.
         """
         full = self.config(task.name, None)
         mean = self.store.mean_trace(full, task.ids)
@@ -122,7 +123,7 @@ class Runner:
             self.run(task, None)
             mean = self.store.mean_trace(full, task.ids)
         if mean is None:
-            raise KeyboardInterrupt
+            raise Stopped
         if mean == 0:
             raise ValueError(
                 f"{task.title}: the full cache's answers have no tokens, of which no share can be taken"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
-from rkv_local.budget import KVBudget
+from rkv_local.budget import POLICIES, KVBudget
 
 from .results import Config, Results
 from .stats import mean_interval, wilson
@@ -15,7 +16,7 @@ from .stats import mean_interval, wilson
 __all__ = ["Section", "column", "sections", "summaries", "variant"]
 
 Row = dict[str, Any]
-_DEFAULTS = {f.name: f.default for f in fields(KVBudget)}
+
 _SHORT = {"lam": "λ", "buffer": "S", "window": "α", "layer_budgets": "layers"}
 
 
@@ -23,6 +24,7 @@ def variant(kv: Row | None) -> str:
     """A policy and those of its parameters that are not KVBudget's defaults: "rkv λ=0.5"."""
     if kv is None:
         return "full cache"
+    usual = defaults(kv["policy"])
     words = []
     for name, value in kv.items():
         if name == "schedule":
@@ -32,10 +34,16 @@ def variant(kv: Row | None) -> str:
                 words.append(f"batch={value}")
         elif name == "layer_budgets" and "schedule" in kv:
             continue
-        elif name not in ("policy", "budget") and value not in (_DEFAULTS.get(name, False), None, "uniform"):
+        elif name not in ("policy", "budget") and value not in (usual.get(name, False), None, "uniform"):
             shown = f"={value:g}" if isinstance(value, float) else f"={value}"
             words.append(_SHORT.get(name, name) + ("" if value is True else shown))
     return " ".join([str(kv["policy"]), *words])
+
+
+@functools.cache
+def defaults(policy: str) -> Row:
+    """KVBudget's fields under a policy where nothing else is said; those of the default one if it is unknown."""
+    return asdict(KVBudget(policy=policy)) if policy in POLICIES else asdict(KVBudget())
 
 
 def summaries(results: Results) -> list[Row]:

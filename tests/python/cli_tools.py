@@ -62,7 +62,7 @@ def one_thread(args: Sequence[str]) -> list[str]:
     """The models are tiny, and other tests may want the other cores."""
     return (
         [*args, "-t", "1"]
-        if args and args[0] in ("run", "chat", "bench") and "-t" not in args
+        if args and args[0] in ("run", "chat", "bench", "eval") and "-t" not in args and "report" not in args
         else list(args)
     )
 

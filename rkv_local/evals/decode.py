@@ -9,7 +9,7 @@ larger matrix products decides between two nearly equal tokens.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -103,7 +103,7 @@ class Batcher:
         self._pin(seq, len(tokens))
         self._base_pos[seq] = self.context.read(seq, tokens)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Done]:
+    def run(self, requests: Iterable[Request]) -> Generator[Done, None, None]:
         """Yield answers as they finish. A request is taken when a slot is free.
 
         Raises:

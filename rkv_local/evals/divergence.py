@@ -20,11 +20,11 @@ from rkv_local.budget import KVBudget
 from .model import Context, Setting, Tokens
 from .results import Config
 from .runner import Runner, describe
+from .summary import BUCKET
 from .texts import Source
 
 __all__ = ["BUCKET", "Distance", "Texts", "distance", "measure"]
 
-BUCKET = 256  # positions that one result is a mean over
 Floats = npt.NDArray[np.float32]
 
 

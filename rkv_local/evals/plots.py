@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,12 @@ def draw(rows: Sequence[Row], folder: Path, page: Path | None = None) -> Plots:
     for section in sections(rows):
         if not section.columns:
             continue
-        name = re.sub(r"[^a-z0-9]+", "-", title(section).lower()).strip("-")[:80]
+        words = [
+            section.kind,
+            str(section.task.get("kind", "")),
+            hashlib.sha256(title(section).encode()).hexdigest()[:6],
+        ]
+        name = "-".join(filter(None, words))
         for what, suffix, make in kinds(section):
             path = folder / f"{name}-{suffix}.svg"
             save(make(section), path)
@@ -75,12 +80,15 @@ def save(figure: Any, path: Path) -> None:
 
 def lines(section: Section, value: str, label: str) -> Any:
     """A value against the budget, a line for each variant; with intervals where there are some."""
+    import matplotlib
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4))
     ends = {"accuracy": ("low", "high"), "kl": ("kl_low", "kl_high")}.get(value)
     percent = all(r.get("budget_percent") for r in section.of_types() if r["kv"] is not None)
-    for i, name in enumerate(main_variants(section)):
+    names = main_variants(section)
+    colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    for i, name in enumerate(names):
         rows = [r for c in section.columns if (r := section.find(name, c))]
         x = [r["budget_percent"] if percent else r["budget"] for r in rows]
         y = [r[value] for r in rows]
@@ -88,7 +96,15 @@ def lines(section: Section, value: str, label: str) -> Any:
         if ends:
             bars = [[abs(v - r[end]) for v, r in zip(y, rows, strict=True)] for end in ends]
         axes.errorbar(
-            x, y, bars, label=name, marker="os^vD<>ph*"[i % 10], markersize=4, capsize=2, linewidth=1
+            x,
+            y,
+            bars,
+            label=name,
+            color=colors(i % 20),
+            marker="os^vD<>ph*"[i % 10],
+            markersize=4,
+            capsize=2,
+            linewidth=1,
         )
     full = section.full
     if full is not None and value != "kl":
@@ -100,7 +116,10 @@ def lines(section: Section, value: str, label: str) -> Any:
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    if len(names) > 6:
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(fontsize=7, ncols=2)
     return figure
 
 

@@ -10,7 +10,7 @@ from rkv_local.budget import KVBudget
 from rkv_local.cli.ui import markdown_table
 
 from .stats import apart
-from .summary import Row, Section, column, sections
+from .summary import BUCKET, Row, Section, column, sections
 
 __all__ = ["overview", "page", "title"]
 
@@ -89,10 +89,18 @@ def main_variants(section: Section) -> list[str]:
     return [label for label, cols in seen.items() if label == section.base(label) or len(cols) >= 3]
 
 
-def grid(section: Section, labels: Sequence[str], show: Any) -> str:
-    """A table of variants by budgets."""
+def sizes(rows: Sequence[Row | None]) -> str:
+    """Of the cache of one sequence, smallest and largest, in MiB."""
+    found = sorted({f"{row['bytes'] / 2**20:.2f}" for row in rows if row and row["bytes"]}, key=float)
+    return "–".join(found[:1] + found[1:][-1:]) or "–"
+
+
+def grid(section: Section, labels: Sequence[str], show: Any, last: str = "", column_of: Any = None) -> str:
+    """A table of variants by budgets; last: a row more, of what column_of says of each column's rows."""
     cols = section.columns
     body = [[label, *(show(section.find(label, c)) for c in cols)] for label in labels]
+    if last:
+        body.append([last, *(column_of([section.find(label, c) for label in labels]) for c in cols)])
     return markdown_table(
         ["policy", *(heading(section, c) for c in cols)], body, [False] + [True] * len(cols)
     )
@@ -116,7 +124,8 @@ def by_tasks(section: Section) -> list[str]:
             )
         out.append(text)
     if labels:
-        out += ["Right answers, with 95 % intervals:", grid(section, labels, accuracy)]
+        text = grid(section, labels, accuracy, "MiB a sequence", sizes)
+        out += ["Right answers, with 95 % intervals:", text]
         if section.kind != "needles":
             out += [
                 "Mean tokens of a trace, and the share that hit the limit:",
@@ -149,9 +158,10 @@ def by_distance(section: Section) -> list[str]:
     """The table of a section of KL divergences."""
     row = section.rows[0]
     text = (
-        "KL divergence from the full f16 cache in nats with 95 % intervals, and the share of positions with the "
-        f"same likeliest token. Means over {row['positions']:,} positions from {row['from_position']:,} on, "
-        f"read {section.task['step']} tokens at a time. The full cache's own loss is {row['nll_full']:.3f} nats."
+        "KL divergence from the full f16 cache in nats, with 95 % intervals by the standard error of stretches "
+        f"of {BUCKET} tokens, and the share of positions with the same likeliest token. Means over "
+        f"{row['positions']:,} positions from {row['from_position']:,} on, read {section.task['step']} tokens "
+        f"at a time. The full cache's own loss is {row['nll_full']:.3f} nats a token."
     )
     full = [["full cache", types(r), kl_text(r)] for r in section.rows if r["kv"] is None]
     out = [text, grid(section, main_variants(section), kl_text)]

@@ -111,14 +111,13 @@ class Results:
         return self.problems.get(config.key, {})
 
     def full(self, config: Config) -> list[Config]:
-        """Configurations with a full cache that differ in nothing else, those with the same types first."""
+        """Configurations with a full cache that differ in nothing else but the types, f16 first."""
 
         def same(c: Config) -> tuple[Any, ...]:
             return c.sha256, c.task, c.max_tokens, c.temp, c.seed
 
         found = [c for c in self.configs.values() if c.kv is None and same(c) == same(config)]
-        types = (config.type_k, config.type_v)
-        return sorted(found, key=lambda c: (c.type_k, c.type_v) != types)
+        return sorted(found, key=lambda c: (c.type_k, c.type_v) != ("f16", "f16"))
 
     def mean_trace(self, config: Config, ids: Iterable[str] | None = None) -> float | None:
         """Mean tokens generated with a full cache, over these problems (None: all that there are).

@@ -112,15 +112,16 @@ class Runner:
         }
 
     def cells(self, task: Task, percent: float) -> int:
-        """A share of the mean trace, which is measured first where the store does not have it.
+        """A share of the full f16 cache's mean trace, which is measured first where it is not known.
 
         Raises:
             Stopped: `stop` was true before it was known. ValueError: the answers have no tokens.
         """
-        full = self.config(task.name, None)
+        plain = replace(self, setting=replace(self.setting, type_k="f16", type_v="f16"))
+        full = plain.config(task.name, None)
         mean = self.store.mean_trace(full, task.ids)
         if mean is None:
-            self.run(task, None)
+            plain.run(task, None)
             mean = self.store.mean_trace(full, task.ids)
         if mean is None:
             raise Stopped

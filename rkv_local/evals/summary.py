@@ -16,6 +16,7 @@ from .stats import mean_interval, wilson
 __all__ = ["Section", "column", "sections", "summaries", "variant"]
 
 Row = dict[str, Any]
+BUCKET = 256  # positions that one KL result is a mean over
 
 _SHORT = {"lam": "λ", "buffer": "S", "window": "α", "layer_budgets": "layers"}
 

@@ -379,7 +379,8 @@ def test_tables_of_a_page() -> None:
         "25 % (250 cells)",
         "34 % (340 cells)",
     ]
-    assert [r[0] for r in main[1:]] == ["rkv", "latest"]
+    assert [r[0] for r in main[1:]] == ["rkv", "latest", "MiB a sequence"]
+    assert main[3][1:] == ["1.00"] * 4
     assert main[2][2] == "88.0 % (84.4–90.8)"
     assert table(text, "**Cache types:**")[1:] == [
         ["full cache", "–", "q8_0", "95.0 % (92.4–96.7)", "94.8 % (92.1–96.5)", "1.00 MiB"],

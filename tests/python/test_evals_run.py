@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 def requests(model: Model, lengths: Sequence[int]) -> list[Request]:
     """Made-up prompts, every one of other tokens."""
     rng = np.random.default_rng(0)
-    return [Request(str(i), rng.integers(20, model.n_vocab, n)) for i, n in enumerate(lengths)]
+    return [Request(str(i), rng.integers(20, model.n_vocab, n, np.int32)) for i, n in enumerate(lengths)]
 
 
 def answered(
@@ -236,12 +236,14 @@ def test_what_a_run_tells(model: Model) -> None:
 def test_budgets_in_percent_measure_the_full_cache_first(model: Model) -> None:
     store = Store()
     made = runner(model, store)
+    made.setting = replace(made.setting, type_k="q8_0")
     task = questions(4)
     cells = made.cells(task, 50)
     (full,) = store.configs.values()
     assert full.kv is None
     rows = store.done(full).values()
     assert cells == round(sum(r["n"] for r in rows) / 4 / 2)
+    assert (full.type_k, full.type_v) == ("f16", "f16")
     made.stop = lambda: pytest.fail("nothing is to be run")
     assert made.cells(task, 50) == cells
     made.stop = lambda: True

@@ -208,7 +208,15 @@ def generation_options(limit: int, parallel: int = 8) -> Decorator:
     )
 
 
-@click.group("eval")
+class InOrder(click.Group):
+    """Lists its commands as they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of use."""
+        return list(self.commands)
+
+
+@click.group("eval", cls=InOrder)
 def eval() -> None:
     """Measure what a budget changes about a model's answers.
 
@@ -262,7 +270,7 @@ def reason(**values: Any) -> None:
 @generation_options(8192)
 @common_options()
 def jsonl(file: Path, **values: Any) -> None:
-    """Questions of a JSON Lines FILE, e.g. MATH-500, AIME or GSM8K.
+    """Questions of a JSON Lines FILE: MATH-500, AIME, GSM8K, your own.
 
     Each line has question, problem or prompt, and answer or solution: plain, after ####, or in a \\boxed{}.
     """

@@ -416,10 +416,16 @@ def budgets_of(
     for budget in values["kv_budget"] if policies else ():
         n = cells(budget)
         for policy in policies:
-            kv = budget_of({**values, "kv_policy": policy, "kv_budget": n}, values["batch_size"])
-            assert kv is not None
-            for changed in variations(kv, values["kv_set"]):
-                made.append((changed, budget.value if budget.percent else None))
+            try:
+                kv = budget_of({**values, "kv_policy": policy, "kv_budget": n}, values["batch_size"])
+                assert kv is not None
+                changed = variations(kv, values["kv_set"])
+            except click.UsageError as err:
+                if not budget.percent:
+                    raise
+                ui.line(f"left out: {policy} with {n} cells ({budget.value:g} %): {err.message}")
+                continue
+            made += [(each, budget.value if budget.percent else None) for each in changed]
     return made
 
 

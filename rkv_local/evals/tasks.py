@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .answers import final_part, math_equal, math_verifier, mentions, text_equal
+from .answers import boxed, final_part, math_equal, math_verifier, mentions, text_equal
 
 __all__ = ["Group", "Item", "Task", "jsonl_task", "reason_task"]
 
@@ -63,6 +63,9 @@ class Task:
         """Whether the model's whole text is right, and the answer in it, shortened to what a result keeps."""
         said = final_part(text)
         right = bool(said) and COMPARE[self.compare](without_preface(said), answer)
+        if self.compare == "math":  # its answer stands at the end
+            inside = boxed(said)
+            return right, shortened(said[-SHOWN:] if inside is None else inside)
         return right, shortened(without_preface(said))
 
 

@@ -115,7 +115,7 @@ def facts(n: int, rng: random.Random) -> list[tuple[str, str, str]]:
     made = []
     for (fact, question, kind), role in zip(rng.sample(FACTS, n), rng.sample(ROLES, n), strict=True):
         values = {key: rng.choice(words.split()) for key, words in WORDS.items()}
-        values |= {"j": role, "n": str(rng.randint(1000, 9999)), "y": str(rng.randint(1702, 1989))}
+        values |= {"j": role, "n": str(rng.randint(12, 98)), "y": str(rng.randint(1702, 1989))}
         made.append((f"Please remember: {fact.format(**values)}", question.format(**values), values[kind]))
     return made
 

@@ -18,7 +18,7 @@ from rkv_local.evals import answers, report, texts
 from rkv_local.evals.results import Config, Results, Store, kv_fields, read
 from rkv_local.evals.stats import apart, mean_interval, wilson
 from rkv_local.evals.summary import sections, summaries, variant
-from rkv_local.evals.tasks import jsonl_task, reason_task
+from rkv_local.evals.tasks import Task, jsonl_task, reason_task
 
 DENSE = {"task": "reason", "kind": "dense", "families": ["chain"], "split": "final"}
 
@@ -141,6 +141,15 @@ def test_mathematical_answers() -> None:
         assert answers.math_equal(said, right), (said, right)
     for said, right in (("\\boxed{3}", "2"), ("I don't know.", "2"), ("\\boxed{x+1}", "x-1")):
         assert not answers.math_equal(said, right), (said, right)
+    task = Task({}, "", [], "math")
+    assert task.grade("<think>\\boxed{1}</think>First 2, then \\boxed{\\frac{6}{3}}.", "2") == (
+        True,
+        "\\frac{6}{3}",
+    )
+    assert task.grade("word " * 100 + "so it is 12", "12") == (
+        True,
+        ("word " * 100 + "so it is 12")[-80:].strip(),
+    )
 
 
 def test_without_math_verify_there_is_a_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,11 @@ from rkv_local.evals.summary import summaries
 from rkv_local.evals.tasks import Group, Item, Task
 
 SMALL = KVBudget(budget=24, buffer=8, window=4, batch=16)
-BUDGETS = (None, SMALL, replace(SMALL, policy="streaming"))
+BUDGETS = [None, SMALL, replace(SMALL, policy="streaming")]
+NAMES = ["full", "rkv", "streaming"]
+if hasattr(KVBudget, "prompt_pin"):  # until every branch has it
+    BUDGETS.append(replace(SMALL, pin="prompt"))  # type: ignore[arg-type, unused-ignore]
+    NAMES.append("pinned prompt")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def answered(
 # -- batching ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv", BUDGETS, ids=("full", "rkv", "streaming"))
+@pytest.mark.parametrize("kv", BUDGETS, ids=NAMES)
 def test_a_sequence_among_others_says_what_it_says_alone(model: Model, kv: KVBudget | None) -> None:
     """Prompts of all lengths, ends at many times (of every fiftieth token), slots that move."""
     ends = model.ends
@@ -76,7 +80,7 @@ def test_a_sequence_among_others_says_what_it_says_alone(model: Model, kv: KVBud
         model.ends = ends
 
 
-@pytest.mark.parametrize("kv", BUDGETS, ids=("full", "rkv", "streaming"))
+@pytest.mark.parametrize("kv", BUDGETS, ids=NAMES)
 def test_it_says_what_a_session_says(model: Model, kv: KVBudget | None) -> None:
     wanted = requests(model, (9, 50))
     found = answered(model, Setting(kv=kv, n_ctx=128, n_seq=2), wanted, 40)
@@ -94,7 +98,7 @@ def test_it_says_what_a_session_says(model: Model, kv: KVBudget | None) -> None:
             assert found[request.id].tokens.tolist() == said
 
 
-@pytest.mark.parametrize("kv", BUDGETS, ids=("full", "rkv", "streaming"))
+@pytest.mark.parametrize("kv", BUDGETS, ids=NAMES)
 def test_a_base_is_read_once_and_continued(model: Model, kv: KVBudget | None) -> None:
     base, *tails = (np.asarray(r.tokens) for r in requests(model, (48, 5, 9, 16)))
     chunks = Setting(kv=kv, n_ctx=160, n_seq=3)
@@ -363,6 +367,16 @@ def test_policies_budgets_and_variations(tmp_path: Path) -> None:
         evaluate(*args[:-2], "-o", str(out), "--split", "x")[:0] if False else evaluate(*args, "-ctk", "q8_0")
     )
     assert {r["type_k"] for r in more} == {"q8_0"} and out.stat().st_size > size
+
+
+def test_a_share_that_is_too_small_is_left_out_with_a_word(tmp_path: Path) -> None:
+    args = ("jsonl", ask(tmp_path), "--compare", "text", "-m", str(talker()), "-n", "40")
+    result = invoke(
+        "eval", *args, "--kv-buffer", "8", "--kv-policy", "rkv", "--kv-budget", "10%,100%", "--json"
+    )
+    assert result.exit_code == 0
+    assert result.stderr.startswith("left out: rkv with 4 cells (10 %): budget is 4, must be larger")
+    assert [row["budget"] for row in json.loads(result.stdout)] == [40]
 
 
 def test_reason(tmp_path: Path) -> None:

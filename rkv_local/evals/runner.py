@@ -28,23 +28,27 @@ class Stopped(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is; all counts are of the configuration that runs now."""
+    """How far a run is; all counts are of the configuration that runs now.
+
+    done, total: problems, or tokens of a text; correct: None where nothing is right or wrong.
+    """
 
     label: str = ""
     done: int = 0
     total: int = 0
-    correct: int = 0
+    correct: int | None = None
     started: float = 0.0
     batcher: Batcher | None = None
 
     def state(self) -> tuple[float, str]:
         """For ui.progress."""
+        if not self.total:
+            return 0.0, "starting"
         seconds = max(time.monotonic() - self.started, 1e-9)
         tokens = self.batcher.n_generated if self.batcher else 0
         speed = f", {tokens / seconds:,.0f} tok/s" if tokens else ""
-        right = f", {self.correct} right" if self.done else ""
-        share = self.done / self.total if self.total else 0.0
-        return share, f"{self.label}: {self.done}/{self.total}{right}{speed}"
+        right = f", {self.correct} right" if self.done and self.correct is not None else ""
+        return self.done / self.total, f"{self.label}: {self.done:,}/{self.total:,}{right}{speed}"
 
 
 @dataclass
@@ -177,7 +181,7 @@ class Runner:
             fields["limit"] = 1
         self.store.add(config, item.id, **fields)
         self.progress.done += 1
-        self.progress.correct += right
+        self.progress.correct = (self.progress.correct or 0) + right
 
     def _prompts(self, task: Task, group: Group, items: Sequence[Item]) -> tuple[Tokens, list[Tokens]]:
         """Tokens of what the questions have in common, and of what follows it for each."""

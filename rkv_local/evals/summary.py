@@ -43,7 +43,7 @@ def variant(kv: Row | None) -> str:
 
 @functools.cache
 def defaults(policy: str) -> Row:
-    """KVBudget's fields under a policy where nothing else is said; those of the default one if it is unknown."""
+    """KVBudget's fields under a policy where nothing else is said; of an unknown one those of the default."""
     return asdict(KVBudget(policy=policy)) if policy in POLICIES else asdict(KVBudget())
 
 

@@ -81,7 +81,7 @@ def shortened(text: str) -> str:
 
 
 def reason_task(kind: str, families: Sequence[str], split: str, n: int) -> Task:
-    """n problems of one kind, in equal parts of each family; where that leaves some, the first ones have one more.
+    """n problems of one kind, in equal parts of each family; the first ones have one more if some are left.
 
     Raises:
         ValueError: no such kind, family or split. RuntimeError: a family needs a package that is absent.

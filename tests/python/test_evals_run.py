@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -235,6 +236,22 @@ def test_what_a_run_tells(model: Model) -> None:
     assert full["limit_share"] == sum(r["n"] == 20 for r in store.problems[full["config"]].values()) / 3
     assert "llama.cpp" in full["versions"][0]
     assert full["device"] == ["CPU"]
+
+
+def test_what_is_told_meanwhile(model: Model) -> None:
+    told: list[tuple[float, str]] = []
+    made = runner(model, Store())
+    assert made.progress.state() == (0, "starting")
+
+    def listen() -> bool:
+        told.append(made.progress.state())
+        return False
+
+    made.stop = listen
+    made.run(questions(), SMALL)
+    assert told[0] == (0, "rkv 24: 0/6")
+    assert told[-1][0] >= 2 / 6 and re.match(r"rkv 24: [2-6]/6, \d right, [\d,]+ tok/s$", told[-1][1])
+    assert made.progress.state()[0] == 1
 
 
 def test_budgets_in_percent_measure_the_full_cache_first(model: Model) -> None:

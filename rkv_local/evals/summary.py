@@ -179,7 +179,7 @@ class Section:
         return seen
 
     def base(self, label: str) -> str:
-        """The variant of the same policy that others are compared with: the defaults, else the most measured."""
+        """The variant of a policy that others are compared with: its defaults, else the most measured."""
         policy = label.partition(" ")[0]
         seen = {name: cols for name, cols in self.variants().items() if name.partition(" ")[0] == policy}
         return policy if policy in seen or not seen else max(seen, key=lambda name: len(seen[name]))

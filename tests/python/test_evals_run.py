@@ -20,7 +20,7 @@ from rkv_local.evals import divergence, texts
 from rkv_local.evals.decode import Batcher, Done, Request
 from rkv_local.evals.model import Context, Model, Setting, sha256
 from rkv_local.evals.results import Config, Store, read
-from rkv_local.evals.runner import Runner, Stopped
+from rkv_local.evals.runner import Progress, Runner, Stopped
 from rkv_local.evals.summary import summaries
 from rkv_local.evals.tasks import Group, Item, Task
 
@@ -241,7 +241,6 @@ def test_what_a_run_tells(model: Model) -> None:
 def test_what_is_told_meanwhile(model: Model) -> None:
     told: list[tuple[float, str]] = []
     made = runner(model, Store())
-    assert made.progress.state() == (0, "starting")
 
     def listen() -> bool:
         told.append(made.progress.state())
@@ -250,6 +249,7 @@ def test_what_is_told_meanwhile(model: Model) -> None:
     made.stop = listen
     made.run(questions(), SMALL)
     assert told[0] == (0, "rkv 24: 0/6")
+    assert Progress().state() == (0, "starting")
     assert told[-1][0] >= 2 / 6 and re.match(r"rkv 24: [2-6]/6, \d right, [\d,]+ tok/s$", told[-1][1])
     assert made.progress.state()[0] == 1
 

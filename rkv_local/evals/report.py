@@ -161,7 +161,7 @@ def by_distance(section: Section) -> list[str]:
         "KL divergence from the full f16 cache in nats, with 95 % intervals by the standard error of "
         f"stretches of {BUCKET} tokens, and the share of positions with the same likeliest token. Means over "
         f"{row['positions']:,} positions from {row['from_position']:,} on, read "
-        f"{section.task['step']} tokens at a time. The full cache's own loss is {row['nll_full']:.3f} nats a token."
+        f"{section.task['step']} tokens at a time. The full cache's own loss is {row['nll_full']:.3f} nats."
     )
     full = [["full cache", types(r), kl_text(r)] for r in section.rows if r["kv"] is None]
     out = [text, grid(section, main_variants(section), kl_text)]

@@ -15,7 +15,14 @@ from rkv_local.cli import ui
 from rkv_local.models import ModelError
 
 # name: module
-COMMANDS = {"run": "run", "chat": "chat", "fit": "fit", "devices": "devices", "bench": "bench"}
+COMMANDS = {
+    "run": "run",
+    "chat": "chat",
+    "fit": "fit",
+    "devices": "devices",
+    "bench": "bench",
+    "eval": "eval",
+}
 
 
 class Group(click.Group):

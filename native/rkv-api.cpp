@@ -17,14 +17,9 @@ int32_t rkv_version() { return RKV_VERSION; }
 const char * rkv_build_info() { return "llama-cpp-python " RKV_LLAMA_CPP_PYTHON_VERSION ", llama.cpp " RKV_LLAMA_CPP_COMMIT; }
 
 const char * rkv_policy_name(int32_t policy) {
-    switch (policy) {
-        case RKV_POLICY_NONE:      return "none";
-        case RKV_POLICY_RKV:       return "rkv";
-        case RKV_POLICY_SNAPKV:    return "snapkv";
-        case RKV_POLICY_STREAMING: return "streaming";
-        case RKV_POLICY_LATEST:    return "latest";
-        default:                   return nullptr;
-    }
+    static const char * const names[RKV_POLICY_COUNT] = { "none", "rkv", "snapkv", "streaming", "latest", "h2o", "gkv", "rpc",
+        "chunkkv", "value-aware", "keydiff", "lagkv", "triattention", "given" };
+    return policy >= 0 && policy < RKV_POLICY_COUNT ? names[policy] : nullptr;
 }
 
 rkv_stats rkv_get_stats(const llama_context * ctx) {
@@ -82,6 +77,11 @@ bool rkv_seq_compact(llama_context * ctx, llama_seq_id seq_id) {
     return rkv->compact_now(seq_id);
 }
 
+bool rkv_seq_pin(llama_context * ctx, llama_seq_id seq_id, uint32_t n) {
+    rkv_cache * rkv = rkv_cache_of(ctx);
+    return rkv ? rkv->set_pin(seq_id, n) : rkv_set_error("the context has no budget");
+}
+
 //
 // what a head holds
 //
@@ -91,8 +91,8 @@ namespace {
 struct head_view {
     rkv_cache                * rkv;
     const rkv_cache::layer_t * layer;
-    uint32_t strm;
-    rkv_cache::range_t rows;
+    uint32_t strm = 0;
+    rkv_cache::range_t rows = {};
     int32_t n() const { return rows.end - rows.begin; }
 };
 
@@ -275,6 +275,21 @@ int32_t rkv_get_scores(llama_context * ctx, llama_seq_id seq_id, int32_t layer, 
         }
     }
     return v.n();
+}
+
+bool rkv_seq_set_scores(llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head, const float * z, size_t n) {
+    head_view v;
+    if (!head_of(ctx, seq_id, layer, head, v)) {
+        return false;
+    }
+    if (v.rkv->get_params().policy != RKV_POLICY_GIVEN) {
+        return rkv_set_error("scores are given to the policy given, not to %s", rkv_policy_name(v.rkv->get_params().policy));
+    }
+    if (!z || n > (size_t) v.n()) {
+        return rkv_set_error("%zu scores for %d cells", n, v.n());
+    }
+    v.rkv->streams[v.strm].given[{ layer, head }].assign(z, z + n);
+    return true;
 }
 
 int32_t rkv_get_queries(llama_context * ctx, llama_seq_id seq_id, int32_t layer, float * dst, size_t n_max) {

@@ -104,28 +104,24 @@ void rkv_cache::add_layer(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml
         rkv_refuse("layer " + std::to_string(il) + " has " + std::to_string(l.n_head) + " query heads for " +
             std::to_string(l.n_head_kv) + " KV heads");
     }
-    const bool latest = params.policy == RKV_POLICY_LATEST;
+    l.op             = rkv_policy_op(params);
+    l.op.layer       = il;
+    l.op.n_head_kv   = l.n_head_kv;
+    l.op.softcap     = hp.attn_soft_cap ? hp.f_attn_logit_softcapping : 0.0f;
 
-    l.q   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, (int64_t) l.n_embd_k*l.n_head, params.window + 1, n_stream);
-    l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, k->ne[1], l.n_head_kv, n_stream);
-    l.aux = latest ? ggml_new_tensor_4d(ctx, GGML_TYPE_F32, params.n_sim, k->ne[1], l.n_head_kv, n_stream) : nullptr;
+    const int64_t n_aux = rkv_n_aux(&l.op), n_stats = rkv_n_stats(&l.op, l.n_embd_k);
+    l.q     = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, (int64_t) l.n_embd_k*l.n_head, params.window + 1, n_stream);
+    l.pos   = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, k->ne[1], l.n_head_kv, n_stream);
+    l.aux   = n_aux   > 0 ? ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_aux, k->ne[1], l.n_head_kv, n_stream) : nullptr;
+    l.stats = n_stats > 0 ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_stats, l.n_head, n_stream) : nullptr;
     ggml_format_name(l.q,   "rkv_q_l%d", il);
     ggml_format_name(l.pos, "rkv_pos_l%d", il);
     if (l.aux) {
         ggml_format_name(l.aux, "rkv_aux_l%d", il);
     }
-
-    l.op.policy      = params.policy;
-    l.op.n_head_kv   = l.n_head_kv;
-    l.op.window      = params.window;
-    l.op.pool        = params.pool;
-    l.op.pin         = params.pin;
-    l.op.n_sim       = params.n_sim;
-    l.op.flags       = params.reference ? RKV_FLAG_REFERENCE : 0;
-    l.op.lambda      = params.lambda;
-    l.op.threshold   = params.threshold;
-    l.op.softcap     = hp.attn_soft_cap ? hp.f_attn_logit_softcapping : 0.0f;
-    l.op.rope_mscale = 1.0f;
+    if (l.stats) {
+        ggml_format_name(l.stats, "rkv_stats_l%d", il);
+    }
 
     if (model.arch == LLM_ARCH_GROK) { // caps its logits in the graph, with a scale of its own
         l.op.softcap = hp.f_attn_logit_softcapping;
@@ -151,7 +147,9 @@ const std::vector<float> * rkv_cache::rope_table(const layer_t & layer) const {
         }
         rkv_rope rope = r.rope;
         rope.freq_factors = factors.data();
-        r.table = rkv_rope_table(rope, cparams->n_ctx_seq);
+        // beyond the last position lie the queries to come
+        const uint32_t ahead = params.policy == RKV_POLICY_TRIATTENTION ? 1u << (RKV_TRI_OFFSETS - 1) : 0;
+        r.table = rkv_rope_table(rope, cparams->n_ctx_seq + ahead);
     }
     return &r.table;
 }
@@ -169,10 +167,14 @@ void rkv_cache::clear() {
 }
 
 void rkv_cache::reset_if_empty(uint32_t strm) {
-    if (cells(strm).get_used() == 0) {
-        streams[strm] = stream_t();
-        streams[strm].ring.assign(params.window, -1);
+    if (cells(strm).get_used() > 0) {
+        streams[strm].filled = true;
+        return;
     }
+    const int64_t pin = streams[strm].filled ? -1 : streams[strm].pin;
+    streams[strm] = stream_t();
+    streams[strm].pin = pin;
+    streams[strm].ring.assign(params.window, -1);
 }
 
 //
@@ -221,8 +223,26 @@ int32_t rkv_cache::seq_room(llama_seq_id seq_id) const {
     if (strm < 0) {
         return -1;
     }
-    const uint32_t limit = n_budget_max + params.buffer;
+    const uint32_t limit = full_at(strm);
     return limit - std::min(limit, used_end(strm));
+}
+
+uint32_t rkv_cache::early_target(uint32_t strm) const {
+    if (params.policy != RKV_POLICY_RPC || params.growth < 2) {
+        return 0;
+    }
+    const uint64_t target = params.window + pin(strm) + ((uint64_t) streams[strm].passes + 1)*params.buffer/params.growth;
+    return target < groups.back().budget ? target : 0;
+}
+
+uint32_t rkv_cache::full_at(uint32_t strm) const {
+    const uint32_t standard = n_budget_max + params.buffer;
+    const uint32_t target   = early_target(strm);
+    if (target == 0) {
+        return standard;
+    }
+    const uint32_t first = cells(strm).get_used() == 0 ? n_start : cells(strm).used_min();
+    return std::min(standard, std::max(std::max(streams[strm].old_end, first + pin(strm)) + params.buffer, first + target + 1));
 }
 
 rkv_cache::range_t rkv_cache::range(const layer_t & layer, uint32_t strm) const {
@@ -274,7 +294,11 @@ bool rkv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
 
     for (uint32_t s = 0; s < n_stream; ++s) {
         const llama_seq_id id = s;
-        if ((seq_id != -1 && stream_of(seq_id) != s) || !streams[s].compacted || cells(s).get_used() == 0) {
+        if ((seq_id != -1 && stream_of(seq_id) != s) || cells(s).get_used() == 0) {
+            continue;
+        }
+        streams[s].filled = true;
+        if (!streams[s].compacted) {
             continue;
         }
         const llama_pos last  = cells(s).seq_pos_max(id);
@@ -343,6 +367,7 @@ bool rkv_cache::seq_keep(llama_seq_id seq_id) {
     }
     for (uint32_t s = 0; s < n_stream; ++s) {
         if (s != keep) {
+            streams[s].filled = true;
             kv.v_cells[s].reset();
             reset_if_empty(s);
         }
@@ -352,7 +377,7 @@ bool rkv_cache::seq_keep(llama_seq_id seq_id) {
 
 void rkv_cache::copy_stream(uint32_t src, uint32_t dst) {
     for (const auto & l : layers) {
-        for (ggml_tensor * t : { l.q, l.pos, l.aux }) {
+        for (ggml_tensor * t : { l.q, l.pos, l.aux, l.stats }) {
             if (!t) {
                 continue;
             }
@@ -415,7 +440,7 @@ bool rkv_cache::make_room(const std::vector<llama_ubatch> & ubatches) {
         reset_if_empty(s);
         streams[s].old_end = std::min(streams[s].old_end, used_end(s));
         const auto is_full = [&] {
-            return used_end(s) >= n_budget_max + params.buffer || used_end(s) + n_new[s] > n_cells();
+            return used_end(s) >= full_at(s) || used_end(s) + n_new[s] > n_cells();
         };
         if (!is_full()) {
             continue;
@@ -462,7 +487,8 @@ rkv_stats rkv_cache::stats() const {
     st.cells  = n_cells();
     for (const auto & l : layers) {
         st.bytes_kv += ggml_nbytes(l.k) + (l.v ? ggml_nbytes(l.v) : 0);
-        st.bytes    += ggml_nbytes(l.q) + ggml_nbytes(l.pos) + (l.aux ? ggml_nbytes(l.aux) : 0);
+        st.bytes    += ggml_nbytes(l.q) + ggml_nbytes(l.pos) + (l.aux ? ggml_nbytes(l.aux) : 0) +
+            (l.stats ? ggml_nbytes(l.stats) : 0);
     }
     st.bytes          += st.bytes_kv;
     st.compactions     = n_compactions;
@@ -473,6 +499,32 @@ rkv_stats rkv_cache::stats() const {
 
 bool rkv_cache::all_unrotatable() const {
     return std::all_of(layers.begin(), layers.end(), [](const layer_t & l) { return l.unrotatable; });
+}
+
+bool rkv_cache::all_values() const {
+    return std::all_of(layers.begin(), layers.end(), [](const layer_t & l) { return l.v != nullptr; });
+}
+
+bool rkv_cache::set_pin(llama_seq_id seq_id, uint32_t n) {
+    const int64_t s = stream_of(seq_id);
+    if (s < 0) {
+        return rkv_set_error("there is no sequence %d: the context has %u", seq_id, n_stream);
+    }
+    const uint32_t most = groups.back().budget - params.window - 1;
+    if (n > most) {
+        return rkv_set_error("%u pinned cells leave no room in a budget of %u with a window of %u: at most %u", n,
+            groups.back().budget, params.window, most);
+    }
+    const bool empty = cells(s).get_used() == 0;
+    if (empty) {
+        streams[s].filled = true; // what was there before
+        reset_if_empty(s);
+    } else if (streams[s].compacted && n > pin(s)) {
+        return rkv_set_error("sequence %d was compacted with %u pinned cells: of %u tokens some may be gone", seq_id, pin(s), n);
+    }
+    streams[s].pin    = n;
+    streams[s].filled = !empty;
+    return true;
 }
 
 bool rkv_cache::all_captured() const {

@@ -87,6 +87,9 @@ public:
     bool close_holes(uint32_t strm); // after it the rows of a sequence are contiguous; false: failed to compute
     bool all_captured() const;
     bool all_unrotatable() const;
+    bool all_values() const; // each layer has a V
+    bool set_pin(llama_seq_id seq_id, uint32_t n);
+    uint32_t pin(uint32_t strm) const { return streams[strm].pin >= 0 ? streams[strm].pin : params.pin; }
     bool check_devices(); // which layers take the generic path; false: a layer's device can run neither
     int32_t seq_used(llama_seq_id seq_id) const;
     int32_t seq_room(llama_seq_id seq_id) const;
@@ -108,6 +111,7 @@ public:
         ggml_tensor * q;   // F32 [n_embd_head_k*n_head, window + 1, n_stream], the last row takes what is not needed
         ggml_tensor * pos; // I32 [n_cells, n_head_kv, n_stream]
         ggml_tensor * aux; // F32 [n_aux, n_cells, n_head_kv, n_stream] or NULL
+        ggml_tensor * stats; // F32 [n_stats, n_head, n_stream] or NULL
         rkv_op_params op;
         float    scale_mul = 1.0f; // attention scale beside the graph's kq_scale
         bool     unrotatable = true; // RoPE is the last thing that happens to its keys
@@ -127,6 +131,10 @@ public:
         llama_pos exact   = 0;      // from this position on each cell is the same token in every head
         bool      compacted = false;
         std::vector<llama_pos> ring; // position whose query a slot of the ring holds, -1 = none
+        int64_t   pin     = -1;   // rkv_seq_pin(), -1 = params.pin
+        uint32_t  passes  = 0;    // compactions since it was empty
+        std::map<std::pair<int32_t, int32_t>, std::vector<float>> given; // rkv_seq_set_scores(), by layer and head
+        mutable bool filled = false; // has held cells since the pin was set
     };
 
     struct range_t { uint32_t begin, old_end, end; }; // physical rows
@@ -159,14 +167,18 @@ private:
     bool compact_some(const std::vector<uint32_t> & strms);
     bool run(ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<int32_t>> & inputs,
              const std::map<ggml_tensor *, const std::vector<float> *> & tables);
+    struct pass_inputs { ggml_tensor * new_pos, * jobs, * rope, * q_pos; };
     void place(ggml_backend_sched_t sched, ggml_cgraph * gf) const; // each node where its layer's cache is
-    std::vector<ggml_tensor *> pass_nodes(ggml_context * ctx, const layer_t & layer, ggml_tensor * new_pos,
-            ggml_tensor * jobs, ggml_tensor * rope) const;
+    std::vector<ggml_tensor *> pass_nodes(ggml_context * ctx, const layer_t & layer, const pass_inputs & in) const;
     bool init_backends();
     ggml_context_ptr pass_context() const;
     bool close_up(uint32_t strm);
     bool give_up(const std::vector<uint32_t> & strms); // after a failure; false
-    rkv_generic_layer  generic_layer(const layer_t & layer) const;
+    bool pass_shared(const int32_t * job, const int32_t * new_pos); // one set of rows for all layers
+    void write_given(const layer_t & layer, uint32_t strm) const;
+    uint32_t early_target(uint32_t strm) const; // rpc: cells to keep while the budget is not reached, else 0
+    uint32_t full_at(uint32_t strm) const;      // virtual row from which on a sequence is compacted
+    rkv_generic_layer  generic_layer(const layer_t & layer, uint32_t strm) const;
     rkv_generic::views generic_views(const layer_t & layer) const;
     uint32_t used_end(uint32_t strm) const;
     void     reset_if_empty(uint32_t strm);

@@ -11,10 +11,12 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
+#include <numeric>
 
 static constexpr size_t JOBS_PER_PASS   = 64; // bounds the temporary memory, with RKV_SCRATCH_MAX
-static constexpr int    NODES_PER_LAYER = 7;
+static constexpr int    NODES_PER_LAYER = 8;
 
 static size_t graph_size(size_t n_layer) { return n_layer*NODES_PER_LAYER*4 + 64; }
 
@@ -99,23 +101,30 @@ bool rkv_cache::init_backends() {
 }
 
 // The steps of a pass over one layer, in their order: positions, score, select, and a gather for all that moves.
-std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer_t & l, ggml_tensor * new_pos, ggml_tensor * jobs,
-        ggml_tensor * rope) const {
+std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer_t & l, const pass_inputs & in) const {
     const rkv_op_params op = l.op;
-    ggml_tensor * pos   = ggml_rkv_positions(ctx, l.pos, new_pos, jobs, &op);
-    ggml_tensor * score = ggml_rkv_score    (ctx, l.k, l.q, jobs, pos, l.aux, rope, &op);
+    ggml_tensor * pos   = ggml_rkv_positions(ctx, l.pos, in.new_pos, in.jobs, &op);
+    ggml_tensor * score = ggml_rkv_score    (ctx, l.k, l.q, in.jobs, pos, l.aux, in.rope, &op);
     ggml_rkv_score_add_sinks(score, l.sinks);
-    ggml_tensor * idx   = ggml_rkv_select   (ctx, score, jobs, groups[l.group].budget, &op);
+    if (rkv_needs_values(op.policy)) {
+        ggml_rkv_score_add_values(score, rkv_values_view(ctx, l.v, v_transposed(), l.n_embd_v, l.n_head_kv));
+    }
+    if (l.stats) {
+        ggml_rkv_score_add_stats(score, l.stats, in.q_pos);
+    }
+    ggml_tensor * idx   = ggml_rkv_select   (ctx, score, in.jobs, groups[l.group].budget, &op);
 
     std::vector<ggml_tensor *> nodes = { pos, score, idx };
     for (ggml_tensor * view : gathered(ctx, l, v_transposed())) {
-        nodes.push_back(ggml_rkv_compact(ctx, view, idx, jobs, &op));
+        nodes.push_back(ggml_rkv_compact(ctx, view, idx, in.jobs, &op));
     }
     return nodes;
 }
 
-rkv_generic_layer rkv_cache::generic_layer(const layer_t & l) const {
-    return { l.k, l.q, l.pos, l.aux, params.policy == RKV_POLICY_LATEST ? rope_table(l) : nullptr, l.op, l.sinks };
+rkv_generic_layer rkv_cache::generic_layer(const layer_t & l, uint32_t strm) const {
+    return { l.k, l.q, l.pos, l.aux, rkv_needs_rope(params.policy) ? rope_table(l) : nullptr, l.op, l.sinks,
+        rkv_needs_values(params.policy) ? l.v : nullptr, v_transposed(), l.n_embd_v, l.stats,
+        std::vector<int32_t>(streams[strm].ring.begin(), streams[strm].ring.end()) };
 }
 
 rkv_generic::views rkv_cache::generic_views(const layer_t & l) const {
@@ -203,7 +212,72 @@ bool rkv_cache::compact(const std::vector<uint32_t> & strms) {
     return ok;
 }
 
-// No sequence has holes, and each reaches beyond row n_budget_max: so every group's rows move towards the front.
+// What rkv_seq_set_scores() said goes where the policy reads it. Cells without a score are kept before all others.
+void rkv_cache::write_given(const layer_t & l, uint32_t strm) const {
+    const range_t r = range(l, strm);
+    const auto & all = streams[strm].given;
+    for (int32_t h = 0; h < l.n_head_kv; ++h) {
+        const auto it = all.find({ (int32_t) l.il, h });
+        std::vector<float> z(r.end - r.begin);
+        for (size_t j = 0; j < z.size(); ++j) {
+            z[j] = it == all.end() ? (float) j : j < it->second.size() ? it->second[j] : 1e30f + 1e25f*j;
+        }
+        ggml_backend_tensor_set(l.aux, z.data(), strm*l.aux->nb[3] + h*l.aux->nb[2] + r.begin*l.aux->nb[1], z.size()*sizeof(float));
+    }
+}
+
+// The mean over all layers and heads of their scores, each head's with mean 0 and deviation 1, decides for all of them.
+bool rkv_cache::pass_shared(const int32_t * job, const int32_t * new_pos) {
+    const int32_t  n_cand = job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - params.window, pinned = job[RKV_JOB_PIN];
+    const uint32_t strm   = job[RKV_JOB_STREAM];
+    std::vector<double> mean(n_cand, 0.0);
+    for (const auto & l : layers) {
+        std::vector<float> z;
+        if (!generic->score(backend_of(l.k), generic_layer(l, strm), job, new_pos, generic_views(l), z)) {
+            return rkv_set_error("scoring layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
+        }
+        for (int32_t h = 0; h < l.n_head_kv; ++h) {
+            const float * zh = z.data() + (size_t) h*n_cand;
+            double total = 0.0, sq = 0.0;
+            for (int32_t j = pinned; j < n_cand; ++j) {
+                total += zh[j];
+            }
+            const double middle = total/(n_cand - pinned);
+            for (int32_t j = pinned; j < n_cand; ++j) {
+                sq += (zh[j] - middle)*(zh[j] - middle);
+            }
+            const double dev = std::sqrt(sq/(n_cand - pinned));
+            for (int32_t j = pinned; j < n_cand && dev > 0.0 && std::isfinite(dev); ++j) {
+                mean[j] += (zh[j] - middle)/dev;
+            }
+        }
+    }
+    const int32_t n_top = job[RKV_JOB_KEEP] - params.window - pinned;
+    std::vector<int32_t> best(n_cand - pinned), rows;
+    std::iota(best.begin(), best.end(), pinned);
+    std::stable_sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return mean[a] > mean[b]; });
+    best.resize(n_top);
+    for (int32_t j = 0; j < pinned; ++j) {
+        best.push_back(j);
+    }
+    for (int32_t j = n_cand; j < n_cand + (int32_t) params.window; ++j) {
+        best.push_back(j);
+    }
+    std::sort(best.begin(), best.end());
+    for (const int32_t j : best) {
+        rows.push_back(job[RKV_JOB_BEGIN] + j);
+    }
+    touched = true;
+    for (const auto & l : layers) {
+        if (!generic->gather(backend_of(l.k), job, rows, generic_views(l))) {
+            return rkv_set_error("the compaction of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
+        }
+    }
+    return true;
+}
+
+// No sequence has holes, and each reaches beyond row n_budget_max, or keeps its first row where it is: so every group's rows
+// move towards the front.
 bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
     const int64_t n_jobs = strms.size();
     touched = false;
@@ -228,6 +302,12 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         }
     }
 
+    ggml_tensor * q_pos = params.policy == RKV_POLICY_TRIATTENTION ? new_input(ctx.get(), GGML_TYPE_I32, params.window, n_jobs) : nullptr;
+    for (int64_t i = 0; q_pos && i < n_jobs; ++i) {
+        const auto & ring = streams[strms[i]].ring;
+        inputs[q_pos].insert(inputs[q_pos].end(), ring.begin(), ring.end());
+    }
+
     // one jobs tensor per group
     std::vector<group_io> io(groups.size());
     for (const auto & l : layers) {
@@ -239,7 +319,8 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         for (const uint32_t s : strms) {
             const range_t  r      = range(l, s);
             const uint32_t budget = groups[l.group].budget;
-            const uint32_t keep   = std::min(r.end - r.begin, budget);
+            const uint32_t early  = early_target(s);
+            const uint32_t keep   = std::min(r.end - r.begin, early > 0 ? early : budget);
             const uint64_t slots  = window_slots(s);
 
             int32_t job[RKV_JOB_N] = {};
@@ -248,10 +329,11 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
             job[RKV_JOB_OLD_END]  = r.old_end;
             job[RKV_JOB_END]      = r.end;
             job[RKV_JOB_KEEP]     = keep;
-            job[RKV_JOB_DST]      = budget - keep;
+            job[RKV_JOB_DST]      = early > 0 ? r.begin : budget - keep;
             job[RKV_JOB_SHIFT]    = groups[l.group].off;
             job[RKV_JOB_QUERY_LO] = (int32_t) (uint32_t) slots;
             job[RKV_JOB_QUERY_HI] = (int32_t) (uint32_t) (slots >> 32);
+            job[RKV_JOB_PIN]      = pin(s);
             g.job_data.insert(g.job_data.end(), job, job + RKV_JOB_N);
         }
         inputs[g.jobs] = g.job_data;
@@ -265,8 +347,17 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         for (int64_t i = 0; i < n_jobs; ++i) {
             const int32_t * job = g.job_data.data() + i*RKV_JOB_N;
             evicted += (double) l.n_head_kv*(job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - job[RKV_JOB_KEEP]);
+            if (params.policy == RKV_POLICY_GIVEN) {
+                write_given(l, strms[i]);
+            }
+            if (params.shared_heads) {
+                if (&l == &layers.back() && !pass_shared(job, new_pos_data.data() + i*n_cells())) {
+                    return false;
+                }
+                continue;
+            }
             touched = touched || l.generic;
-            if (l.generic && !generic->pass(backend_of(l.k), generic_layer(l), job, new_pos_data.data() + i*n_cells(), generic_views(l))) {
+            if (l.generic && !generic->pass(backend_of(l.k), generic_layer(l, strms[i]), job, new_pos_data.data() + i*n_cells(), generic_views(l))) {
                 return rkv_set_error("the compaction of layer %u failed on %s", l.il, ggml_backend_name(backend_of(l.k)));
             }
         }
@@ -276,7 +367,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         }
 
         ggml_tensor * rope = nullptr;
-        if (params.policy == RKV_POLICY_LATEST && l.rope >= 0) {
+        if (rkv_needs_rope(params.policy) && l.rope >= 0) {
             const auto * table = rope_table(l);
             if (!rope_inputs[l.rope]) {
                 rope_inputs[l.rope] = new_input(ctx.get(), GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
@@ -284,7 +375,7 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
             }
             rope = rope_inputs[l.rope];
         }
-        for (ggml_tensor * node : pass_nodes(ctx.get(), l, new_pos, g.jobs, rope)) {
+        for (ggml_tensor * node : pass_nodes(ctx.get(), l, { new_pos, g.jobs, rope, q_pos })) {
             ggml_build_forward_expand(gf, node);
         }
     }
@@ -301,7 +392,9 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         auto & c = kv.v_cells[s];
         const uint32_t first = c.used_min(), end = c.used_max_p1();
         const uint32_t n     = end - first;
-        const uint32_t keep  = std::min(n, n_budget_max);
+        const uint32_t early = early_target(s);
+        const uint32_t keep  = std::min(n, early > 0 ? early : n_budget_max);
+        const uint32_t last  = early > 0 ? first + keep : n_budget_max; // where the kept rows end
 
         std::vector<llama_pos> pos(n);
         for (uint32_t i = 0; i < n; ++i) {
@@ -312,19 +405,21 @@ bool rkv_cache::compact_some(const std::vector<uint32_t> & strms) {
         std::vector<llama_pos> kept(pos.end() - keep, pos.end());
         if (keep < n) { // should the window go, the sequence ends where it did before the window
             for (uint32_t i = 0; i < keep - window; ++i) {
-                kept[i] = i < params.pin ? pos[i] : pos[n - window - 1] - (llama_pos) (keep - window - 1 - i);
+                kept[i] = i < pin(s) ? pos[i] : pos[n - window - 1] - (llama_pos) (keep - window - 1 - i);
             }
         }
         const bool lost = std::any_of(layers.begin(), layers.end(), [&](const layer_t & l) {
-            return groups[l.group].budget < range(l, s).end - range(l, s).begin;
+            return keep < n || groups[l.group].budget < range(l, s).end - range(l, s).begin;
         });
 
         c.reset();
         for (uint32_t i = 0; i < keep; ++i) {
-            c.pos_set(n_budget_max - keep + i, kept[i]);
-            c.seq_add(n_budget_max - keep + i, s);
+            c.pos_set(last - keep + i, kept[i]);
+            c.seq_add(last - keep + i, s);
         }
-        streams[s].old_end = n_budget_max;
+        streams[s].old_end = last;
+        streams[s].passes += 1;
+        streams[s].given.clear();
         if (lost) {
             streams[s].compacted = true;
             streams[s].exact     = in_full;
@@ -434,22 +529,32 @@ bool rkv_cache::pass_memory(llama_context * lctx, std::map<ggml_backend_buffer_t
 
     ggml_tensor * new_pos = new_input(ctx.get(), GGML_TYPE_I32, n_cells(), n_jobs);
     std::vector<ggml_tensor *> jobs(groups.size()), rope(ropes.size());
+    ggml_tensor * q_pos = new_input(ctx.get(), GGML_TYPE_I32, params.window, n_jobs);
     std::map<ggml_backend_t, size_t> own; // what kernels, and the generic path, take beside the graph
     for (const auto & l : layers) {
         ggml_backend_t backend = backend_of(l.k);
         if (l.generic) {
             own[backend] = RKV_GENERIC_TEMP;
+            if (!rkv_generic::is_made_of_ops(l.op)) { // a copy of one sequence, and the kernel there
+                ggml_tensor * one   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
+                ggml_tensor * score = pass_nodes(ctx.get(), l, { new_pos, one, nullptr, q_pos })[1];
+                size_t size = rkv_kernel_memory(backend_cpu.get(), score, lctx->n_threads());
+                for (const ggml_tensor * t : { l.k, l.v, l.q, l.pos, l.stats, l.aux }) {
+                    size += t ? ggml_nbytes(t)/n_stream : 0;
+                }
+                own[backend_cpu.get()] = std::max(own[backend_cpu.get()], size);
+            }
             continue;
         }
         if (!jobs[l.group]) {
             jobs[l.group] = new_input(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, n_jobs);
         }
-        const bool rotates = params.policy == RKV_POLICY_LATEST && l.rope >= 0;
+        const bool rotates = rkv_needs_rope(params.policy) && l.rope >= 0;
         if (rotates && !rope[l.rope]) {
             const auto * table = rope_table(l);
             rope[l.rope] = new_input(ctx.get(), GGML_TYPE_F32, l.op.n_rot, table->size()/l.op.n_rot);
         }
-        for (ggml_tensor * node : pass_nodes(ctx.get(), l, new_pos, jobs[l.group], rotates ? rope[l.rope] : nullptr)) {
+        for (ggml_tensor * node : pass_nodes(ctx.get(), l, { new_pos, jobs[l.group], rotates ? rope[l.rope] : nullptr, q_pos })) {
             ggml_build_forward_expand(gf, node);
             own[backend] = std::max(own[backend], rkv_kernel_memory(backend, node, lctx->n_threads()));
         }
@@ -480,7 +585,8 @@ bool rkv_cache::compact_now(llama_seq_id seq_id) {
     if (!close_holes(s)) {
         return false;
     }
-    if (used_end(s) <= n_budget_max) {
+    const uint32_t early = early_target(s);
+    if (early > 0 ? cells(s).get_used() <= early : used_end(s) <= n_budget_max) {
         return rkv_set_error("sequence %d holds %d cells, within the budget", seq_id, seq_used(seq_id));
     }
     return compact({ (uint32_t) s });
@@ -498,11 +604,12 @@ bool rkv_cache::check_devices() {
         }
         ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*32, nullptr, true }) };
         ggml_tensor * jobs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
-        ggml_tensor * rope = params.policy == RKV_POLICY_LATEST && l.rope >= 0 ?
+        ggml_tensor * rope = rkv_needs_rope(params.policy) && l.rope >= 0 ?
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, l.op.n_rot, RKV_ROPE_LO + 1) : nullptr;
         ggml_tensor * new_pos = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_cells(), 1);
-        const auto nodes = pass_nodes(ctx.get(), l, new_pos, jobs, rope);
-        l.generic = !std::all_of(nodes.begin(), nodes.end(), [dev](const ggml_tensor * t) { return rkv_has_kernel(dev, t); });
+        ggml_tensor * q_pos = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, params.window, 1);
+        const auto nodes = pass_nodes(ctx.get(), l, { new_pos, jobs, rope, q_pos });
+        l.generic = params.shared_heads || !std::all_of(nodes.begin(), nodes.end(), [dev](const ggml_tensor * t) { return rkv_has_kernel(dev, t); });
         n_generic += l.generic;
 
         for (const ggml_tensor * node : nodes) {
@@ -516,8 +623,10 @@ bool rkv_cache::check_devices() {
                 "main memory (offload_kqv=false, --no-kv-offload)", l.il, ggml_backend_dev_name(dev));
         }
     }
-    if (n_generic > 0) {
-        LLAMA_LOG_INFO("%s: no compaction kernels for %zu of %zu layers: they are built from other ops\n", __func__, n_generic, layers.size());
+    if (n_generic > 0 && !params.shared_heads) {
+        const bool here = rkv_generic::is_made_of_ops(layers.front().op);
+        LLAMA_LOG_INFO("%s: no compaction kernels for %zu of %zu layers: they are built from other ops%s\n", __func__, n_generic,
+            layers.size(), here ? "" : ", and the CPU computes their scores");
     }
     return true;
 }

@@ -13,13 +13,26 @@ bool rkv_generic_forced() {
 
 bool rkv_has_kernel(ggml_backend_dev_t dev, const ggml_tensor * node) {
     const auto & par = *(const rkv_op_params *) node->op_params;
-    const bool rare = par.sub_op == RKV_SUB_OP_SCORE && (node->src[6] || (node->src[5] && par.rope_begin > 0));
+    const bool rare = par.sub_op == RKV_SUB_OP_SCORE &&
+        ((node->src[6] && rkv_asks_queries(par.policy)) || (node->src[5] && par.rope_begin > 0));
     if (rkv_generic_forced() || (rare && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU)) {
         return false;
     }
     const char * backend = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
     return strcmp(backend, "RPC") != 0 && ggml_backend_dev_supports_op(dev, node);
 }
+
+ggml_tensor * rkv_values_view(ggml_context * ctx, ggml_tensor * v, bool v_trans, int64_t n_embd_v, int64_t n_head_kv) {
+    if (!v_trans) {
+        return ggml_view_4d(ctx, v, n_embd_v, v->ne[1], n_head_kv, v->ne[2], v->nb[1], ggml_row_size(v->type, n_embd_v), v->nb[2], 0);
+    }
+    const size_t el = ggml_type_size(v->type), line = el*v->ne[1];
+    ggml_tensor * t = ggml_view_4d(ctx, v, n_embd_v, v->ne[1], n_head_kv, v->ne[2], el, line*n_embd_v, v->nb[2], 0);
+    t->nb[0] = line;
+    return t;
+}
+
+bool rkv_generic::is_made_of_ops(const rkv_op_params & par) { return par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f; }
 
 namespace {
 
@@ -692,8 +705,94 @@ bool rkv_generic::run(ggml_backend_t home, ggml_cgraph * gf, const std::map<ggml
     return true;
 }
 
+// The layer's tensors on the CPU, one stream of them, and the kernel there.
+bool rkv_generic::score_on_cpu(const rkv_generic_layer & layer, const int32_t * job, std::vector<float> & z) {
+    const size_t strm = job[RKV_JOB_STREAM];
+    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*24 + ggml_graph_overhead(), nullptr, true }) };
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> copies; // here, there
+    const auto local = [&](ggml_tensor * t) -> ggml_tensor * {
+        if (!t) {
+            return nullptr;
+        }
+        int64_t ne[4];
+        std::copy_n(t->ne, 4, ne);
+        if (t != layer.sinks) {
+            ne[t == layer.aux ? 3 : 2] = 1; // streams
+        }
+        copies.emplace_back(ggml_new_tensor(ctx.get(), t->type, 4, ne), t);
+        return copies.back().first;
+    };
+    ggml_tensor * k = local(layer.k), * v = local(layer.v), * q = local(layer.q), * pos = local(layer.pos), * aux = local(layer.aux),
+                * stats = local(layer.stats), * sinks = local(layer.sinks);
+    ggml_tensor * jobs  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, RKV_JOB_N, 1);
+    ggml_tensor * q_pos = stats ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, layer.op.window, 1) : nullptr;
+    ggml_tensor * rope  = layer.rope ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, layer.op.n_rot, layer.rope->size()/layer.op.n_rot) : nullptr;
+
+    ggml_tensor * node = ggml_rkv_score(ctx.get(), k, q, jobs, pos, aux, rope, &layer.op);
+    ggml_rkv_score_add_sinks(node, sinks);
+    if (v) {
+        ggml_rkv_score_add_values(node, rkv_values_view(ctx.get(), v, layer.v_trans, layer.n_embd_v, layer.op.n_head_kv));
+    }
+    if (stats) {
+        ggml_rkv_score_add_stats(node, stats, q_pos);
+    }
+    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(gf, node);
+    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors(ctx.get(), cpu) };
+    if (!buf) {
+        return false;
+    }
+    const auto offset = [&](const std::pair<ggml_tensor *, ggml_tensor *> & c) {
+        return c.second == layer.sinks ? 0 : strm*ggml_nbytes(c.first);
+    };
+    std::vector<uint8_t> data;
+    for (const auto & c : copies) {
+        data.resize(ggml_nbytes(c.first));
+        ggml_backend_tensor_get(c.second, data.data(), offset(c), data.size());
+        ggml_backend_tensor_set(c.first, data.data(), 0, data.size());
+    }
+    std::vector<int32_t> own(job, job + RKV_JOB_N);
+    own[RKV_JOB_STREAM] = 0;
+    ggml_backend_tensor_set(jobs, own.data(), 0, ggml_nbytes(jobs));
+    if (q_pos) {
+        ggml_backend_tensor_set(q_pos, layer.q_pos.data(), 0, ggml_nbytes(q_pos));
+    }
+    if (rope) {
+        ggml_backend_tensor_set(rope, layer.rope->data(), 0, ggml_nbytes(rope));
+    }
+    if (ggml_backend_graph_compute(cpu, gf) != GGML_STATUS_SUCCESS) {
+        return false;
+    }
+    for (const auto & c : copies) {
+        if (c.second == layer.aux || c.second == layer.stats) {
+            data.resize(ggml_nbytes(c.first));
+            ggml_backend_tensor_get(c.first, data.data(), 0, data.size());
+            ggml_backend_tensor_set(c.second, data.data(), offset(c), data.size());
+        }
+    }
+    const int64_t n_cand = job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - layer.op.window;
+    z.resize(n_cand*layer.op.n_head_kv);
+    for (int64_t h = 0; h < layer.op.n_head_kv; ++h) {
+        ggml_backend_tensor_get(node, z.data() + h*n_cand, h*node->nb[1], n_cand*sizeof(float));
+    }
+    return true;
+}
+
 bool rkv_generic::pass(ggml_backend_t home, const rkv_generic_layer & layer, const int32_t * job, const int32_t * new_pos,
         const views & data, rkv_generic_result * result) {
+    return work(home, layer, job, new_pos, data, result, true);
+}
+
+bool rkv_generic::score(ggml_backend_t home, const rkv_generic_layer & layer, const int32_t * job, const int32_t * new_pos,
+        const views & data, std::vector<float> & z) {
+    rkv_generic_result result;
+    const bool ok = work(home, layer, job, new_pos, data, &result, false);
+    z = std::move(result.score);
+    return ok;
+}
+
+bool rkv_generic::work(ggml_backend_t home, const rkv_generic_layer & layer, const int32_t * job, const int32_t * new_pos,
+        const views & data, rkv_generic_result * result, bool moves) {
     const int64_t n_head = layer.op.n_head_kv;
     const int64_t begin  = job[RKV_JOB_BEGIN], old_end = job[RKV_JOB_OLD_END], end = job[RKV_JOB_END];
     const int64_t n      = end - begin;
@@ -714,8 +813,9 @@ bool rkv_generic::pass(ggml_backend_t home, const rkv_generic_layer & layer, con
             layer.pos->nb[1], size);
     }
     const bool latest = layer.op.policy == RKV_POLICY_LATEST;
-    const bool scored = n > layer.op.window && (latest || n_keep < n);
-    const bool split  = scored && layer.op.policy != RKV_POLICY_STREAMING && !is_exact(home);
+    const bool stores = layer.aux || layer.stats;
+    const bool scored = n > layer.op.window && (stores || n_keep < n);
+    const bool split  = scored && layer.op.policy != RKV_POLICY_STREAMING && is_made_of_ops(layer.op) && !is_exact(home);
 
     std::vector<int32_t> pos;
     if (scored && latest && layer.rope) {
@@ -726,25 +826,45 @@ bool rkv_generic::pass(ggml_backend_t home, const rkv_generic_layer & layer, con
     ggml_backend_dev_t dev = ggml_backend_get_device(home);
     graph   probe(dev, 1);
     scorer  sizes { probe, layer, job, split, {} };
-    graph   g(dev, (scored ? sizes.n_nodes() : 0) + gather_nodes({ n_head, n_head, n_head, n_head }, n_keep));
+    graph   g(dev, 16 + (scored ? sizes.n_nodes() : 0) + gather_nodes({ n_head, n_head, n_head, n_head }, n_keep));
 
     ggml_tensor * jobs = g.input(GGML_TYPE_I32, std::vector<int32_t>(job, job + RKV_JOB_N), RKV_JOB_N);
     ggml_tensor * z;
     if (!scored) {
         z = g.input(GGML_TYPE_F32, std::vector<float>(n*n_head, 0.0f), n, n_head);
     } else {
-        ggml_tensor * rope = latest && layer.rope ? g.input(GGML_TYPE_F32, *layer.rope, layer.op.n_rot, layer.rope->size()/layer.op.n_rot) : nullptr;
+        ggml_tensor * rope = layer.rope ? g.input(GGML_TYPE_F32, *layer.rope, layer.op.n_rot, layer.rope->size()/layer.op.n_rot) : nullptr;
         z = ggml_rkv_score(g(), layer.k, layer.q, jobs, layer.pos, layer.aux, rope, &layer.op);
         ggml_rkv_score_add_sinks(z, layer.sinks);
-        z = rkv_has_kernel(dev, z) ? z : scorer { g, layer, job, split, std::move(pos) }.build();
+        if (layer.v) {
+            ggml_rkv_score_add_values(z, rkv_values_view(g(), layer.v, layer.v_trans, layer.n_embd_v, n_head));
+        }
+        if (layer.stats) {
+            ggml_rkv_score_add_stats(z, layer.stats, g.input(GGML_TYPE_I32, layer.q_pos, layer.op.window));
+        }
+        if (!rkv_has_kernel(dev, z) && is_made_of_ops(layer.op)) {
+            z = scorer { g, layer, job, split, std::move(pos) }.build();
+        } else if (!rkv_has_kernel(dev, z)) {
+            std::vector<float> there;
+            if (!score_on_cpu(layer, job, there)) {
+                return false;
+            }
+            z = g.input(GGML_TYPE_F32, there, n - layer.op.window, n_head);
+        }
+    }
+    if (!moves) {
+        z = g.expand(ggml_cont(g(), z));
     }
     ggml_set_output(z->view_src ? z->view_src : z);
-    ggml_tensor * idx = g.expand(ggml_rkv_select(g(), z, jobs, n_keep, &layer.op));
-    ggml_set_output(idx);
+    ggml_tensor * idx = ggml_rkv_select(g(), z, jobs, n_keep, &layer.op);
+    if (moves) {
+        g.expand(idx);
+        ggml_set_output(idx);
+    }
 
     ggml_tensor * rows = ggml_cont(g(), idx); // one copy to the device for all that follow
     rows = g.runs(rows) ? rows : idx;
-    for (ggml_tensor * view : data(g())) {
+    for (ggml_tensor * view : moves ? data(g()) : std::vector<ggml_tensor *>()) {
         ggml_tensor * node = ggml_rkv_compact(g(), view, rows, jobs, &layer.op);
         if (rkv_has_kernel(dev, node)) {
             g.expand(node);
@@ -756,8 +876,10 @@ bool rkv_generic::pass(ggml_backend_t home, const rkv_generic_layer & layer, con
         return false;
     }
     if (result) {
-        result->rows.resize(n_keep*n_head);
-        ggml_backend_tensor_get(idx, result->rows.data(), 0, ggml_nbytes(idx));
+        if (moves) {
+            result->rows.resize(n_keep*n_head);
+            ggml_backend_tensor_get(idx, result->rows.data(), 0, ggml_nbytes(idx));
+        }
         const int64_t n_cand = scored ? n - layer.op.window : 0;
         result->score.resize(n_cand*n_head);
         for (int64_t h = 0; h < n_head && scored; ++h) {

@@ -1,5 +1,6 @@
 // The pass out of ops that every ggml backend knows, for devices without kernels for GGML_OP_RKV: one layer and one
-// sequence at a time, each of them a graph of its own (docs/backends.md).
+// sequence at a time, each of them a graph of its own. Of policies that the other ops do not make, the CPU computes the
+// scores, over a copy of what the layer holds (docs/backends.md).
 
 #pragma once
 
@@ -31,7 +32,15 @@ struct rkv_generic_layer {
     const std::vector<float> * rope;  // the table, or NULL
     rkv_op_params op;
     ggml_tensor * sinks = nullptr;    // F32 [n_head], or NULL
+    ggml_tensor * v = nullptr;        // the cache, where a policy looks at values
+    bool          v_trans = false;
+    int32_t       n_embd_v = 0;
+    ggml_tensor * stats = nullptr;    // triattention's, or NULL
+    std::vector<int32_t> q_pos;       // [window], positions of the ring's queries (triattention)
 };
+
+// V as SCORE looks at it: a view [n_embd_v, n_cells, n_head_kv, n_stream]
+ggml_tensor * rkv_values_view(ggml_context * ctx, ggml_tensor * v, bool v_trans, int64_t n_embd_v, int64_t n_head_kv);
 
 // what a test wants to see
 struct rkv_generic_result {
@@ -53,11 +62,18 @@ public:
     bool pass(ggml_backend_t home, const rkv_generic_layer & layer, const int32_t * job, const int32_t * new_pos,
             const views & data, rkv_generic_result * result = nullptr);
 
+    // The scores of that pass alone, [n - window, n_head_kv]: positions and stored floats are updated, nothing moves.
+    bool score(ggml_backend_t home, const rkv_generic_layer & layer, const int32_t * job, const int32_t * new_pos,
+            const views & data, std::vector<float> & z);
+
     // compact alone: rows of every head alike
     bool gather(ggml_backend_t home, const int32_t * job, const std::vector<int32_t> & rows, const views & data);
 
     // Could the device that holds a layer run it? Only copies into the cache cannot go elsewhere.
     static bool check(ggml_backend_dev_t dev, const views & data);
+
+    // Are the scores made of other ops here? Else the CPU computes them.
+    static bool is_made_of_ops(const rkv_op_params & par);
 
     // Does the device multiply F32 as F32? Measured once; where it does not, products come in pieces.
     bool is_exact(ggml_backend_t home);
@@ -66,6 +82,9 @@ public:
     bool force_split = false;
 
 private:
+    bool work(ggml_backend_t home, const rkv_generic_layer & layer, const int32_t * job, const int32_t * new_pos,
+            const views & data, rkv_generic_result * result, bool moves);
+    bool score_on_cpu(const rkv_generic_layer & layer, const int32_t * job, std::vector<float> & z);
     bool run(ggml_backend_t home, ggml_cgraph * gf, const std::map<ggml_tensor *, std::vector<uint8_t>> & inputs,
             rkv_generic_result * result);
 

@@ -47,6 +47,9 @@ static rkv_group_inputs own_inputs(const llm_graph_input_attn_k_iswa & inp, int 
 
 static ggml_tensor * rotation(const llm_graph_input_attn_k &) { return nullptr; }
 template <typename I> static ggml_tensor * rotation(const I & inp) { return inp.self_k_rot; }
+static ggml_tensor * rotation_v(const llm_graph_input_attn_k &) { return nullptr; }
+static ggml_tensor * rotation_v(const llm_graph_input_attn_k_iswa &) { return nullptr; }
+template <typename I> static ggml_tensor * rotation_v(const I & inp) { return inp.self_v_rot; }
 
 //
 // inputs
@@ -142,7 +145,8 @@ template <typename I, typename M> void rkv_set_inputs(const llama_ubatch * ubatc
 //
 
 // the queries of the last tokens go into the layer's ring
-static void capture(ggml_context * ctx, ggml_cgraph * gf, rkv_cache & rkv, ggml_tensor * q_idxs, const rkv_attn & attn, ggml_tensor * k_rot) {
+static void capture(ggml_context * ctx, ggml_cgraph * gf, rkv_cache & rkv, ggml_tensor * q_idxs, const rkv_attn & attn, ggml_tensor * k_rot,
+        ggml_tensor * v_rot) {
     rkv_cache::layer_t * layer = rkv.find_layer(rkv.owner(attn.il));
     const std::string    name  = "layer " + std::to_string(attn.il);
     if (!layer) {
@@ -167,6 +171,7 @@ static void capture(ggml_context * ctx, ggml_cgraph * gf, rkv_cache & rkv, ggml_
         layer->op.scale = scale;
         layer->sinks    = attn.sinks;
         rkv.set_rope(*layer, attn.k, k_rot);
+        layer->op.n_hadamard_v = v_rot ? (int32_t) v_rot->ne[0] : 0;
     }
     const char * no_capture = getenv("RKV_BENCH_NO_CAPTURE"); // scripts/gpu_bench.py measures what capture costs
     if (no_capture && strcmp(no_capture, "1") == 0) {
@@ -203,7 +208,7 @@ template <typename I> rkv_group_inputs rkv_build_attn(ggml_context * ctx, ggml_c
     if (!rkv) {
         return own;
     }
-    capture(ctx, gf, *rkv, inp.rkv.q_idxs, attn, rotation(inp));
+    capture(ctx, gf, *rkv, inp.rkv.q_idxs, attn, rotation(inp), rotation_v(inp));
     const uint32_t group = rkv->group_of(std::max(0, rkv->owner(attn.il)));
     return group == 0 ? own : inp.rkv.groups[group];
 }

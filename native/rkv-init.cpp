@@ -47,7 +47,27 @@ rkv_params rkv_default_params() {
     p.lambda    = 0.1f;
     p.threshold = 0.5f;
     p.n_sim     = 1;
+    p.memory    = -1.0f;
+    p.growth    = 4;
+    p.value_share = 0.1f;
     return p;
+}
+
+rkv_op_params rkv_policy_op(const rkv_params & p) {
+    rkv_op_params op = {};
+    op.policy      = p.policy;
+    op.window      = p.window;
+    op.pool        = p.pool;
+    op.n_sim       = p.n_sim;
+    op.flags       = p.reference ? RKV_FLAG_REFERENCE : 0;
+    op.chunk       = p.chunk > 0 ? p.chunk : p.policy == RKV_POLICY_LAGKV ? 128 : 10;
+    op.lambda      = p.lambda;
+    op.threshold   = p.threshold;
+    op.rope_mscale = 1.0f;
+    op.memory      = p.memory >= 0.0f ? p.memory : p.policy == RKV_POLICY_GKV ? 0.8f : 0.0f;
+    op.value_share = p.value_share;
+    op.seed        = p.seed;
+    return op;
 }
 
 static bool check_budget(const rkv_params & p, uint32_t budget, const char * whose) {
@@ -97,6 +117,25 @@ bool rkv_params_check(const rkv_params * params) {
     }
     if (p.n_sim < 1 || p.n_sim > RKV_MAX_AUX) {
         return rkv_set_error("n_sim must be 1 to %d, not %u", RKV_MAX_AUX, p.n_sim);
+    }
+    if (!(p.memory <= 1.0f)) {
+        return rkv_set_error("memory must be 0 to 1, or negative for the policy's own, not %g", p.memory);
+    }
+    const bool remembers = p.policy == RKV_POLICY_RKV || p.policy == RKV_POLICY_SNAPKV || p.policy == RKV_POLICY_LATEST || p.policy == RKV_POLICY_GKV;
+    if (p.memory > 0.0f && !remembers) {
+        return rkv_set_error("the policy %s has no memory of importance", rkv_policy_name(p.policy));
+    }
+    if (p.chunk > RKV_MAX_CHUNK) {
+        return rkv_set_error("chunk must be 1 to %d cells, or 0 for the policy's own, not %u", RKV_MAX_CHUNK, p.chunk);
+    }
+    if (p.growth < 1 || p.growth > 1u << 20) {
+        return rkv_set_error("growth must be 1 to %u, not %u", 1u << 20, p.growth);
+    }
+    if (!(p.value_share >= 0.0f && p.value_share <= 1.0f)) {
+        return rkv_set_error("value_share must be 0 to 1, not %g", p.value_share);
+    }
+    if (p.shared_heads && p.layer_budgets) {
+        return rkv_set_error("shared_heads keeps the same cells in all layers: their budgets must be equal");
     }
     if (p.reference && p.policy != RKV_POLICY_RKV) {
         return rkv_set_error("reference behaviour exists for the policy rkv only");
@@ -262,8 +301,13 @@ bool rkv_end_init() {
         return rkv_set_error("a KV budget is not supported here: the model's attention does not pass through the one place "
             "where queries can be seen");
     }
-    if (done->params.policy == RKV_POLICY_LATEST && !done->cache->all_unrotatable()) {
-        return rkv_set_error("the policy latest is not supported here: the model changes its keys after RoPE, which cannot be undone");
+    const int32_t policy = done->params.policy;
+    if (rkv_needs_rope(policy) && !done->cache->all_unrotatable()) {
+        return rkv_set_error("the policy %s is not supported here: the model changes its keys after RoPE, which cannot be undone",
+            rkv_policy_name(policy));
+    }
+    if (rkv_needs_values(policy) && !done->cache->all_values()) {
+        return rkv_set_error("the policy %s is not supported here: the model caches no values of their own (MLA)", rkv_policy_name(policy));
     }
     return done->cache->check_devices();
 }

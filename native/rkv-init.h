@@ -3,6 +3,7 @@
 #pragma once
 
 #include "rkv.h"
+#include "rkv-ops.h"
 #include "rkv-rope.h"
 
 #include <cstdint>
@@ -30,6 +31,8 @@ struct rkv_pending {
 };
 
 rkv_pending * rkv_pending_get(); // NULL where none is pending
+
+rkv_op_params rkv_policy_op(const rkv_params & params); // what they say about an op; the layer's share is 0
 
 // the budget of a context's cache, NULL where there is none
 rkv_cache * rkv_cache_of(const llama_context * ctx);

@@ -44,6 +44,15 @@ void ggml_rkv_score_add_sinks(ggml_tensor * score, ggml_tensor * sinks) {
     score->src[6] = sinks;
 }
 
+void ggml_rkv_score_add_values(ggml_tensor * score, ggml_tensor * v) {
+    score->src[7] = v;
+}
+
+void ggml_rkv_score_add_stats(ggml_tensor * score, ggml_tensor * stats, ggml_tensor * q_pos) {
+    score->src[8] = stats;
+    score->src[9] = q_pos;
+}
+
 ggml_tensor * ggml_rkv_select(ggml_context * ctx, ggml_tensor * score, ggml_tensor * jobs, int64_t n_keep_max,
         const rkv_op_params * par) {
     GGML_ASSERT(score->type == GGML_TYPE_F32 && score->ne[2] == jobs->ne[1]);

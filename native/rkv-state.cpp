@@ -24,7 +24,7 @@
 #include <stdexcept>
 
 static constexpr uint32_t STATE_MAGIC   = 0x53564b52; // "RKVS"
-static constexpr uint32_t STATE_VERSION = 1;
+static constexpr uint32_t STATE_VERSION = 2;
 static constexpr uint32_t MAX_TEXT      = 4096;       // of one line of the header
 
 namespace {
@@ -162,6 +162,8 @@ std::vector<std::pair<std::string, std::string>> rkv_cache::state_traits() const
     }
     const llama_hparams & hp = model.hparams;
 
+    const rkv_op_params op = rkv_policy_op(params);
+
     crc32 norm;
     if (model.output_norm && model.output_norm->buffer) {
         std::vector<uint8_t> data(ggml_nbytes(model.output_norm));
@@ -201,6 +203,12 @@ std::vector<std::pair<std::string, std::string>> rkv_cache::state_traits() const
     add("lambda",      number(params.lambda));
     add("threshold",   number(params.threshold));
     add("n_sim",       std::to_string(params.n_sim));
+    add("memory",      number(op.memory));
+    add("chunk",       std::to_string(op.chunk));
+    add("growth",      std::to_string(params.growth));
+    add("value_share", number(params.value_share));
+    add("seed",        std::to_string(params.seed));
+    add("shared_heads", params.shared_heads ? "on" : "off");
     add("reference",   params.reference ? "on" : "off");
     return traits;
 }
@@ -230,6 +238,9 @@ std::vector<rkv_cache::span_t> rkv_cache::state_spans(uint32_t strm, uint32_t fi
             }
         }
         spans.push_back({ l.q, strm*l.q->nb[2], params.window*l.q->nb[1], false }); // without the trash row
+        if (l.stats && n_old > 0) {
+            spans.push_back({ l.stats, strm*l.stats->nb[2], l.stats->nb[2], false });
+        }
     }
     return spans;
 }
@@ -272,6 +283,8 @@ void rkv_cache::write_stream(llama_io_write_i & io, uint32_t strm) {
         out.put(old);
         out.put<int32_t>(st.exact);
         out.put<uint32_t>(st.compacted);
+        out.put<int32_t>(st.pin);
+        out.put<uint32_t>(st.passes);
         out.raw(st.ring.data(), st.ring.size()*sizeof(llama_pos));
         for (uint32_t r = first; r < end; ++r) {
             out.put<int32_t>(c.is_empty(r) ? -1 : c.pos_get(r)); // a removal left row r free
@@ -368,6 +381,9 @@ void rkv_cache::read_stream(llama_io_read_i & io, uint32_t strm) {
         st.exact     = in.get<int32_t>();
         const uint32_t compacted = in.get<uint32_t>();
         st.compacted = compacted == 1;
+        st.filled    = true;
+        st.pin       = in.get<int32_t>();
+        st.passes    = in.get<uint32_t>();
         in.raw(st.ring.data(), st.ring.size()*sizeof(llama_pos));
         pos.resize(end - first);
         in.raw(pos.data(), pos.size()*sizeof(llama_pos));
@@ -380,6 +396,9 @@ void rkv_cache::read_stream(llama_io_read_i & io, uint32_t strm) {
         // what the rest of this code relies on
         if (end <= n_start || st.old_end > end || (st.old_end == 0 && first < n_start) || (st.old_end > 0 && st.old_end <= n_start)) {
             damaged("its rows are out of range");
+        }
+        if (st.pin < -1 || st.pin > (int64_t) (groups.back().budget - params.window - 1)) {
+            damaged("its pinned cells are out of range");
         }
         if (compacted > 1 || (st.compacted && st.old_end == 0) || st.exact < 0) {
             damaged("its counters are out of range");

@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // Bumped whenever a struct or a function below changes; rkv_version() returns the library's.
-#define RKV_VERSION 2
+#define RKV_VERSION 3
 
 // All counts are in cells (= tokens).
 struct rkv_params {
@@ -35,6 +35,14 @@ struct rkv_params {
     float    lambda;      // 0..1
     float    threshold;   // T: cosine above which two keys count as copies, -1..1
     uint32_t n_sim;       // `latest`: how many of the highest similarities are averaged, 1..4
+    float    memory;      // 0..1: importance is max(memory * what was stored with the cell, new); gkv, and rkv, snapkv, latest.
+                          // 0 = none; negative = the policy's own, 0.8 for gkv and none for the others
+    uint32_t chunk;       // chunkkv: adjacent cells that are kept or dropped together; lagkv: cells of a chunk. 0 = the policy's
+                          // own, 10 and 128
+    uint32_t growth;      // rpc: of the tokens of each buffer one in `growth` is kept, until the budget is reached; 1 = all
+    float    value_share; // value-aware: the share of the cells that are kept for the length of their values, 0..1
+    uint32_t seed;        // value-aware: of its samples
+    bool     shared_heads; // one set of cells for all layers and heads, by the mean of their normalised scores; to compare with
     bool     reference;   // `rkv`: a key without a copy zeroes column 0, as the authors' code does
     uint32_t n_batch_seq; // most tokens of one sequence in one llama_decode (or `buffer`, if that is more);
                           // 0 = the context's n_batch
@@ -43,7 +51,9 @@ struct rkv_params {
     uint32_t       n_layer_budgets;
 };
 
-// rkv, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5, n_sim 1
+// rkv, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5, n_sim 1, memory and chunk the policy's own,
+// growth 4, value_share 0.1, seed 0. The papers' other values are up to the caller: gkv lambda 0.5 and pool 1, rpc window
+// 32 and the prompt pinned, chunkkv pool 1.
 LLAMA_API struct rkv_params rkv_default_params(void);
 
 LLAMA_API int32_t      rkv_version   (void);
@@ -106,6 +116,16 @@ LLAMA_API int32_t rkv_seq_room(const struct llama_context * ctx, llama_seq_id se
 // Compact a sequence now, whatever its fill. false if there is nothing to evict or on an error (rkv_last_error()).
 LLAMA_API bool rkv_seq_compact(struct llama_context * ctx, llama_seq_id seq_id);
 
+// The first n tokens of a sequence are never evicted, from now on and until it is cleared: then params.pin is. At most
+// what the narrowest layer's budget leaves beside the window and one cell. false, with rkv_last_error(), on a bad argument,
+// or where the sequence was compacted and n is more than was pinned.
+LLAMA_API bool rkv_seq_pin(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n);
+
+// Policy given: what each of the first n cells of a layer and head is worth to the sequence's next compaction. Cells without
+// a score count as more than all others, the most recent first; heads without any keep the most recent.
+LLAMA_API bool rkv_seq_set_scores(struct llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head,
+        const float * z, size_t n);
+
 // What a layer and KV head holds, in cell order, which is chronological. Each returns the number of cells n, or -1
 // on a bad argument; with a NULL destination nothing is written. n_max: room in the destination, in cells.
 LLAMA_API int32_t rkv_get_positions(struct llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head,
@@ -117,7 +137,7 @@ LLAMA_API int32_t rkv_get_keys_unrotated(struct llama_context * ctx, llama_seq_i
 LLAMA_API int32_t rkv_get_values   (struct llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head,
         float * dst, size_t n_max);                         // [n, n_embd_head_v]
 LLAMA_API int32_t rkv_get_scores   (struct llama_context * ctx, llama_seq_id seq_id, int32_t layer, int32_t head,
-        int32_t slot, float * dst, size_t n_max);           // [n] stored float `slot` (0..3) of each cell
+        int32_t slot, float * dst, size_t n_max);           // [n] stored float `slot` (0..4) of each cell
 // The observation window's queries, oldest first: [n, n_head, n_embd_head_k], as dotted with the cached keys; n_head as in
 // rkv_layer.
 LLAMA_API int32_t rkv_get_queries  (struct llama_context * ctx, llama_seq_id seq_id, int32_t layer,
@@ -136,14 +156,15 @@ struct rkv_layer {
     float   scale, softcap;
     bool    has_sinks;     // attention sinks take part in the importance
     bool    v_in_k;        // MLA: V is the first elements of K
-    bool    unrotatable;   // RoPE can be undone (rkv_get_keys_unrotated, policy latest)
+    bool    unrotatable;   // RoPE can be undone (rkv_get_keys_unrotated, policies latest and triattention)
 };
 // false: a layer without cells under the budget (recurrent, windowed, or reading another layer's), or a bad index
 LLAMA_API bool rkv_get_layer(const struct llama_context * ctx, int32_t layer, struct rkv_layer * dst);
 
 // The selection by itself, on the CPU reference kernels, for one layer and one sequence: which rows are kept.
 struct rkv_select_args {
-    struct rkv_params params;    // policy, budget, window, pin, pool, lambda, threshold, n_sim, reference
+    struct rkv_params params;    // all but buffer, n_batch_seq, layer_budgets, growth and shared_heads
+    int32_t  layer;              // value-aware: which layer's samples
     int32_t  n, n_head_kv, n_head, n_embd_head; // cells, heads, row length
     int32_t  n_old;              // cells [0, n_old) went through a compaction before
     int32_t  n_threads;
@@ -151,8 +172,13 @@ struct rkv_select_args {
     float    scale, softcap;     // attention scale; softcap 0 = none
     const float   * k;           // [n, n_head_kv, n_embd_head]
     const float   * q;           // [window, n_head, n_embd_head]
-    const int32_t * pos;         // [n, n_head_kv] true positions (used by `latest`)
-    float         * aux;         // [n_sim, n, n_head_kv] stored floats, read and updated; may be NULL
+    const int32_t * pos;         // [n, n_head_kv] true positions (latest, value-aware, triattention)
+    const float   * v;           // [n, n_head_kv, n_embd_head_v] (value-aware, lagkv), else NULL
+    int32_t  n_embd_head_v, type_v;
+    float         * aux;         // [n_aux, n, n_head_kv] stored floats, read and updated; may be NULL: then none is old. n_aux:
+                                 // latest n_sim; h2o, gkv, given 1; one more for latest, rkv and snapkv with a memory
+    float         * stats;       // triattention: [n_head, n_embd_head + n_embd_head/2 + 1], read and updated; may be NULL. The
+                                 // window's queries belong to its cells' positions in head 0
     // RoPE of the keys; rope_n_rot 0 = none
     int32_t  rope_n_rot, rope_neox, rope_n_ctx_orig;
     float    rope_freq_base, rope_freq_scale, rope_ext_factor, rope_attn_factor, rope_beta_fast, rope_beta_slow;

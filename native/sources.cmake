@@ -14,17 +14,26 @@ set(RKV_LLAMA_SOURCES
     rkv-usage.cpp
 )
 set(RKV_GGML_CPU_SOURCES
+    cpu/policy-chunkkv.cpp
+    cpu/policy-given.cpp
+    cpu/policy-gkv.cpp
+    cpu/policy-h2o.cpp
+    cpu/policy-keydiff.cpp
+    cpu/policy-lagkv.cpp
     cpu/policy-latest.cpp
     cpu/policy-rkv.cpp
+    cpu/policy-rpc.cpp
     cpu/policy-snapkv.cpp
     cpu/policy-streaming.cpp
+    cpu/policy-triattention.cpp
+    cpu/policy-value-aware.cpp
     cpu/rkv-cpu.cpp
-    cpu/rkv-scorer.cpp
-)
+    cpu/rkv-scorer.cpp)
 set(RKV_GGML_METAL_SOURCES
     metal/rkv-metal.cpp
 )
 set(RKV_GGML_CUDA_SOURCES
+    cuda/rkv-cells.cu
     cuda/rkv-compact.cu
     cuda/rkv-cuda-op.cu
     cuda/rkv-later.cu

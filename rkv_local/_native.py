@@ -117,11 +117,17 @@ def params(kv: KVBudget, n_layer: int | None = None) -> RkvParams:
         budget=kv.budget,
         buffer=kv.buffer,
         window=kv.window,
-        pin=kv.pin,
+        pin=kv.n_pin,
         pool=kv.pool,
         lambda_=kv.lam,
         threshold=kv.threshold,
         n_sim=kv.n_sim,
+        memory=kv.memory,
+        chunk=kv.chunk,
+        growth=kv.growth,
+        value_share=kv.value_share,
+        seed=kv.seed,
+        shared_heads=kv.shared_heads,
         reference=kv.reference,
         n_batch_seq=kv.n_batch,
     )
@@ -234,6 +240,29 @@ def seq_compact(ctx: Any, seq: int = 0) -> bool:
     return bool(library().rkv_seq_compact(ctx, seq))
 
 
+def seq_pin(ctx: Any, n: int, seq: int = 0) -> None:
+    """The first n tokens of a sequence are never evicted, until it is cleared.
+
+    Raises:
+        RKVError: no such sequence, n leaves no room, or some of them may be gone already.
+    """
+    if not library().rkv_seq_pin(ctx, seq, n):
+        raise RKVError(last_error())
+
+
+def set_scores(ctx: Any, layer: int, head: int, z: npt.ArrayLike, seq: int = 0) -> None:
+    """Policy given: what each cell is worth to the next compaction. z: [at most the cells that are held].
+
+    Raises:
+        RKVError: another policy, no such layer, head or sequence, or too many scores.
+    """
+    rows = np.ascontiguousarray(z, np.float32)
+    if rows.ndim != 1:
+        raise ValueError(f"z has shape {rows.shape}, must be [cells]")
+    if not library().rkv_seq_set_scores(ctx, seq, layer, head, _floats(rows), len(rows)):
+        raise RKVError(last_error())
+
+
 def kept_positions(ctx: Any, layer: int, head: int, seq: int = 0) -> Ints:
     """True positions held by a layer and KV head, in cell order: int32 [n].
 
@@ -263,7 +292,7 @@ def values(ctx: Any, layer: int, head: int, seq: int = 0) -> Floats:
 
 
 def scores(ctx: Any, layer: int, head: int, slot: int, seq: int = 0) -> Floats:
-    """Stored float `slot` (0 to 3) of each cell: float32 [n]."""
+    """Stored float `slot` (0 to 4) of each cell: float32 [n]."""
     return _rows(library().rkv_get_scores, (ctx, seq, layer, head, slot), lambda s: ())
 
 
@@ -305,12 +334,16 @@ def select(
     q: npt.ArrayLike,
     *,
     pos: npt.ArrayLike | None = None,
+    v: npt.ArrayLike | None = None,
     aux: Floats | None = None,
+    stats: Floats | None = None,
     n_old: int = 0,
+    layer: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
     n_threads: int = 1,
     type_k: int = 0,
+    type_v: int = 0,
     rope: Rope | None = None,
 ) -> tuple[Ints, Floats]:
     """rkv_select: which rows one layer of one sequence keeps.
@@ -319,10 +352,13 @@ def select(
         kv: policy and its parameters; layer_budgets are not used.
         k: [n, n_head_kv, d], q: [window, n_head, d].
         pos: [n, n_head_kv] true positions; default: the row number.
-        aux: [n_sim, n, n_head_kv] float32, C order, changed in place.
+        v: [n, n_head_kv, d_v] (value-aware, lagkv).
+        aux: [kv.n_aux, n, n_head_kv] float32, C order, changed in place.
+        stats: [n_head, kv.n_stats(d)] float32, C order, changed in place (triattention).
         n_old: cells [0, n_old) went through a compaction before.
         scale: attention scale, 1/sqrt(d) by default; softcap: 0 is none.
-        type_k: the ggml type that the keys are stored as.
+        type_k, type_v: the ggml type that keys and values are stored as.
+        layer: whose sample is drawn (value-aware).
 
     Returns:
         idx int32 [n_head_kv, min(budget, n)], ascending; score float32 [n_head_kv, n].
@@ -336,10 +372,15 @@ def select(
     if q.ndim != 3 or q.shape[0] != kv.window or q.shape[2] != d or q.shape[1] % n_head_kv:
         raise ValueError(f"q has shape {q.shape}, must be [{kv.window}, a multiple of {n_head_kv}, {d}]")
     if aux is not None:
-        if aux.dtype != np.float32 or aux.shape != (kv.n_sim, n, n_head_kv) or not aux.flags.c_contiguous:
-            raise ValueError(f"aux must be a contiguous float32 array [{kv.n_sim}, {n}, {n_head_kv}]")
-        args.aux = _floats(aux)
-    args.params = params(kv.__class__(**{**kv.__dict__, "layer_budgets": None}))
+        args.aux = _stored("aux", aux, (kv.n_aux, n, n_head_kv))
+    if stats is not None:
+        args.stats = _stored("stats", stats, (q.shape[1], kv.n_stats(d)))
+    if v is not None:
+        v = np.ascontiguousarray(v, np.float32)
+        if v.ndim != 3 or v.shape[:2] != (n, n_head_kv):
+            raise ValueError(f"v has shape {v.shape}, must be [{n}, {n_head_kv}, n_embd_head_v]")
+        args.v, args.n_embd_head_v, args.type_v = _floats(v), v.shape[2], type_v
+    args.params, args.layer = params(kv.__class__(**{**kv.__dict__, "layer_budgets": None})), layer
     args.n_head, args.n_old, args.n_threads, args.type_k = q.shape[1], n_old, n_threads, type_k
     args.scale, args.softcap = d**-0.5 if scale is None else scale, softcap
     args.q = _floats(q)
@@ -349,6 +390,13 @@ def select(
         raise ValueError(last_error())
     del keep
     return idx, score
+
+
+def _stored(name: str, array: Floats, shape: tuple[int, ...]) -> Any:
+    """A pointer to floats that the library changes in place."""
+    if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be a contiguous float32 array {list(shape)}")
+    return _floats(array)
 
 
 def unrotate(k: npt.ArrayLike, pos: npt.ArrayLike, rope: Rope) -> Floats:

@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 # The RKV_VERSION that these structs mirror.
-RKV_VERSION = 2
+RKV_VERSION = 3
 
 float_p = ctypes.POINTER(ctypes.c_float)
 int_p = ctypes.POINTER(ctypes.c_int32)
@@ -26,6 +26,12 @@ class RkvParams(ctypes.Structure):
         ("lambda_", ctypes.c_float),
         ("threshold", ctypes.c_float),
         ("n_sim", ctypes.c_uint32),
+        ("memory", ctypes.c_float),
+        ("chunk", ctypes.c_uint32),
+        ("growth", ctypes.c_uint32),
+        ("value_share", ctypes.c_float),
+        ("seed", ctypes.c_uint32),
+        ("shared_heads", ctypes.c_bool),
         ("reference", ctypes.c_bool),
         ("n_batch_seq", ctypes.c_uint32),
         ("layer_budgets", uint_p),
@@ -86,6 +92,7 @@ class RkvSelectArgs(ctypes.Structure):
 
     _fields_ = [
         ("params", RkvParams),
+        ("layer", ctypes.c_int32),
         ("n", ctypes.c_int32),
         ("n_head_kv", ctypes.c_int32),
         ("n_head", ctypes.c_int32),
@@ -98,7 +105,11 @@ class RkvSelectArgs(ctypes.Structure):
         ("k", float_p),
         ("q", float_p),
         ("pos", int_p),
+        ("v", float_p),
+        ("n_embd_head_v", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
         ("aux", float_p),
+        ("stats", float_p),
         ("rope_n_rot", ctypes.c_int32),
         ("rope_neox", ctypes.c_int32),
         ("rope_n_ctx_orig", ctypes.c_int32),
@@ -132,6 +143,8 @@ def signatures(low: Any) -> dict[str, tuple[list[Any], Any]]:
         "rkv_seq_used": ([ctx, i32], i32),
         "rkv_seq_room": ([ctx, i32], i32),
         "rkv_seq_compact": ([ctx, i32], ctypes.c_bool),
+        "rkv_seq_pin": ([ctx, i32, ctypes.c_uint32], ctypes.c_bool),
+        "rkv_seq_set_scores": ([*cell, float_p, size], ctypes.c_bool),
         "rkv_get_positions": ([*cell, int_p, size], i32),
         "rkv_get_keys": ([*cell, float_p, size], i32),
         "rkv_get_keys_unrotated": ([*cell, float_p, size], i32),

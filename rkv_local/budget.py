@@ -24,7 +24,28 @@ POLICIES: dict[str, str] = {
     "streaming": "the pinned first tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)",
     "latest": "the latest copy, keys compared without their rotation: "
     "Z = lam*I/max(I) - (1 - lam)*L (docs/design.md, section 2)",
+    "h2o": "what all windows so far attended to, added up (H2O, arXiv 2306.14048)",
+    "gkv": "what any window attended to, fading, and not redundant: "
+    "Z = lam*F - (1 - lam)*R/max(R), F = max(0.8*F, I/max(I)) (G-KV, arXiv 2512.00504)",
+    "rpc": "what all heads of a layer attend to on average; the prompt is pinned (RPC, arXiv 2505.13866)",
+    "chunkkv": "groups of adjacent tokens that the last ones attend to (ChunkKV, arXiv 2502.00299)",
+    "value-aware": "the largest values, and a random sample by attention (VaSE, arXiv 2606.03928)",
+    "keydiff": "keys that differ from the mean key (KeyDiff, arXiv 2504.15364)",
+    "lagkv": "keys and values that differ from those of the next chunk (LagKV, arXiv 2504.04704)",
+    "triattention": "what the model's mean query will look at, by distance; its statistics are gathered "
+    "while it runs (TriAttention, arXiv 2604.04921)",
+    "given": "what scores from outside say; for research (rkv_seq_set_scores)",
 }
+
+# What a policy takes where nothing else is said, beside the defaults of KVBudget.
+POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gkv": {"lam": 0.5, "pool": 1, "memory": 0.8},
+    "rpc": {"window": 32, "pin": "prompt"},
+    "chunkkv": {"pool": 1, "chunk": 10},
+    "lagkv": {"chunk": 128},
+}
+_DEFAULTS: dict[str, Any] = {"window": 8, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
+_OWN: Any = None  # the policy's own default
 
 SCHEDULES: dict[str, str] = {
     "uniform": "the same budget in every layer",
@@ -39,6 +60,8 @@ _MAX_BUDGET = 2**24
 _MAX_TOKENS = 2**20  # buffer, batch
 _MAX_WINDOW = 64
 _MAX_POOL = 255
+_MAX_CHUNK = 4096
+_SINKS = 4  # pinned where pin is "prompt" and no prompt has been seen
 
 
 @dataclass(frozen=True)
@@ -48,13 +71,21 @@ class KVBudget:
     Args:
         budget: B, cells that a sequence keeps after a compaction; window and pinned cells are inside it.
         buffer: S, tokens admitted between two compactions.
-        window: the most recent tokens, always kept; their queries judge importance (1 to 64).
+        window: the most recent tokens, always kept; their queries judge importance (1 to 64). Like lam, pin,
+            pool, memory and chunk it has a default of its own under some policies: POLICY_DEFAULTS.
         policy: a key of POLICIES.
         lam: weight of importance against redundancy, 0 to 1 (the paper's lambda).
-        pin: the first tokens of a sequence, never evicted; at most budget - window - 1.
-        pool: width of the max-pool over importance, odd, at most 255; 1 is none.
+        pin: the first tokens of a sequence, never evicted; at most budget - window - 1. "prompt": of each
+            sequence its first prompt, or the first budget // 2 tokens of a longer one.
+        pool: width of the max-pool (`rpc`: mean) over importance, odd, at most 255; 1 is none.
         threshold: cosine above which two keys count as copies, -1 to 1.
         n_sim: how many of the highest similarities `latest` averages, 1 to 4.
+        memory: importance is max(memory * what it was, new), 0 to 1; 0 is none. rkv, snapkv, latest, gkv.
+        chunk: `chunkkv`: adjacent tokens that are kept together; `lagkv`: tokens of a chunk; 1 to 4096.
+        growth: `rpc`: of each buffer's tokens one in so many is kept, until the budget is reached.
+        value_share: `value-aware`: the share of cells that is kept for the length of their values, 0 to 1.
+        seed: `value-aware`: of its sample.
+        shared_heads: one set of cells for all layers and heads, by the mean of their scores; to compare with.
         reference: `rkv` only: a key without a copy zeroes column 0, as the authors' code does.
         batch: most tokens of one sequence in one decode; None stands for max(buffer, 256).
         layer_budgets: None, a key of SCHEDULES, "calibrated" (by the file beside the model), the name of such
@@ -66,13 +97,19 @@ class KVBudget:
 
     budget: int = 1024
     buffer: int = 128
-    window: int = 8
+    window: int = _OWN
     policy: str = "rkv"
-    lam: float = 0.1
-    pin: int = 4
-    pool: int = 7
+    lam: float = _OWN
+    pin: int | str = _OWN
+    pool: int = _OWN
     threshold: float = 0.5
     n_sim: int = 1
+    memory: float = _OWN
+    chunk: int = _OWN
+    growth: int = 4
+    value_share: float = 0.1
+    seed: int = 0
+    shared_heads: bool = False
     reference: bool = False
     batch: int | None = None
     layer_budgets: str | Sequence[int] | None = None
@@ -80,12 +117,18 @@ class KVBudget:
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ValueError(f"policy is {self.policy!r}, must be one of {', '.join(POLICIES)}")
+        for field, value in (_DEFAULTS | POLICY_DEFAULTS.get(self.policy, {})).items():
+            if getattr(self, field) is None:
+                self._set(field, value)
         self._set("window", _integer("window", self.window, 1, _MAX_WINDOW))
         self._set("budget", _integer("budget", self.budget, 1, _MAX_BUDGET))
         if self.budget <= self.window:
             raise ValueError(f"budget is {self.budget}, must be larger than window, {self.window}")
         why = f"with budget {self.budget} and window {self.window}"
-        self._set("pin", _integer("pin", self.pin, 0, self.budget - self.window - 1, why))
+        if self.pin != "prompt":
+            if isinstance(self.pin, str):
+                raise ValueError(f"pin is {self.pin!r}, must be a number of tokens or 'prompt'")
+            self._set("pin", _integer("pin", self.pin, 0, self.budget - self.window - 1, why))
         self._set("buffer", _integer("buffer", self.buffer, 1, _MAX_TOKENS))
         self._set("pool", _integer("pool", self.pool, 1, _MAX_POOL))
         if self.pool % 2 == 0:
@@ -93,13 +136,27 @@ class KVBudget:
         self._set("n_sim", _integer("n_sim", self.n_sim, 1, 4))
         self._set("lam", _real("lam", self.lam, 0.0, 1.0))
         self._set("threshold", _real("threshold", self.threshold, -1.0, 1.0))
-        if not isinstance(self.reference, bool):
-            raise ValueError(f"reference is {self.reference!r}, must be True or False")
+        self._set("memory", _real("memory", self.memory, 0.0, 1.0))
+        if self.memory > 0 and self.policy not in ("none", "rkv", "snapkv", "latest", "gkv"):
+            raise ValueError(
+                f"memory is {self.memory:g}, must be 0 with policy {self.policy}, which has none"
+            )
+        self._set("chunk", _integer("chunk", self.chunk, 1, _MAX_CHUNK))
+        self._set("growth", _integer("growth", self.growth, 1, _MAX_TOKENS))
+        self._set("value_share", _real("value_share", self.value_share, 0.0, 1.0))
+        self._set("seed", _integer("seed", self.seed, 0, 2**32 - 1))
+        for field in ("reference", "shared_heads"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} is {getattr(self, field)!r}, must be True or False")
         if self.reference and self.policy not in ("rkv", "none"):
             raise ValueError(f"reference is True, must be False with policy {self.policy}: it is rkv's")
         if self.batch is not None:
             self._set("batch", _integer("batch", self.batch, 1, _MAX_TOKENS))
         self._set("layer_budgets", self._checked_layer_budgets())
+        if self.shared_heads and self.layer_budgets not in (None, "uniform"):
+            raise ValueError(
+                "shared_heads is True, layer_budgets must be uniform: all layers keep the same cells"
+            )
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)  # the dataclass is frozen
@@ -119,7 +176,7 @@ class KVBudget:
             raise ValueError(f"layer_budgets is {given!r}, {allowed}") from None
         if not values:
             raise ValueError("layer_budgets is empty, must have one number per layer")
-        why = f"with window {self.window} and pin {self.pin}"
+        why = f"with window {self.window} and pin {self.n_pin}"
         return tuple(
             _integer(f"layer_budgets[{i}]", v, self.least_budget, _MAX_BUDGET, why)
             for i, v in enumerate(values)
@@ -143,12 +200,29 @@ class KVBudget:
     @property
     def least_budget(self) -> int:
         """Cells that a layer cannot do without: window, pin and one to choose."""
-        return self.window + self.pin + 1
+        return self.window + self.n_pin + 1
+
+    @property
+    def n_pin(self) -> int:
+        """First tokens that are never evicted where no prompt has been seen."""
+        return min(_SINKS, self.budget - self.window - 1) if isinstance(self.pin, str) else self.pin
+
+    def prompt_pin(self, n_tokens: int, n_layer: int = 1) -> int | None:
+        """Tokens to pin of a sequence that begins with a prompt of n_tokens; None: as it is."""
+        if self.pin != "prompt":
+            return None
+        least = min(self.budgets(n_layer))
+        return min(n_tokens, self.budget // 2, least - self.window - 1)
 
     @property
     def n_aux(self) -> int:
         """Floats stored with each cell."""
-        return self.n_sim if self.policy == "latest" else 0
+        own = {"latest": self.n_sim, "h2o": 1, "given": 1}.get(self.policy, 0)
+        return own + (self.memory > 0 or self.policy == "gkv")
+
+    def n_stats(self, n_embd_head_k: int) -> int:
+        """Floats stored with each query head of a layer."""
+        return n_embd_head_k + n_embd_head_k // 2 + 1 if self.policy == "triattention" else 0
 
     def budgets(self, n_layer: int) -> list[int]:
         """Cells that each layer keeps. A named schedule sums to exactly n_layer * budget.
@@ -248,8 +322,9 @@ class KVBudget:
         """Bytes that the budget adds to K and V of a layer with so many cells, per sequence."""
         if not self.active:
             return 0
-        # the window's queries and a row for all others; positions and stored floats
-        return (self.window + 1) * n_head * n_embd_head_k * 4 + (1 + self.n_aux) * cells * n_head_kv * 4
+        # the window's queries and a row for all others, a policy's statistics; positions and stored floats
+        by_head = (self.window + 1) * n_embd_head_k + self.n_stats(n_embd_head_k)
+        return n_head * by_head * 4 + (1 + self.n_aux) * cells * n_head_kv * 4
 
 
 def pad_ctx(n_ctx: int) -> int:

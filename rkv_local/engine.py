@@ -67,7 +67,7 @@ class KVStats:
     budget: int
     buffer: int
     window: int
-    pin: int
+    pin: int | str
     active: bool
     cells: int
     bytes: int
@@ -175,6 +175,8 @@ class Llama(llama_cpp.Llama):
         self.kv, self.n_seq_max, self._active = made.kv, made.n_seq_max, made.active
         self._n_ctx = made.n_ctx
         self._recorder: Recorder | None = None
+        self._prompt_len = 0  # of the prompt that is being read
+        self._pinned: int | None = None  # of sequence 0, where kv.pin is "prompt"
         pending = _native.pending_budget(made.kv, made.n_layer) if made.kv and made.active else nullcontext()
         _native.clear_error()
         try:
@@ -261,7 +263,12 @@ class Llama(llama_cpp.Llama):
         Raises:
             RKVError: beyond n_ctx, or the engine's reason; n_tokens says what was decoded.
         """
-        tokens = [*self._settle(), *tokens]
+        again = self._settle()
+        if self.n_tokens == 0 and not again:
+            self._pinned = self.prompt_pin(max(len(tokens), self._prompt_len))
+        if self.n_tokens == 0 and self._pinned is not None:
+            _native.seq_pin(self.ctx, self._pinned)
+        tokens = [*again, *tokens]
         end = self.n_tokens + len(tokens)
         if end > self._n_ctx:
             raise RKVError(f"the context is full: {end} tokens, n_ctx is {self._n_ctx}")
@@ -289,6 +296,12 @@ class Llama(llama_cpp.Llama):
             self._requires_eval = False
             if self.on_decode is not None:
                 self.on_decode(past)
+
+    def prompt_pin(self, n_tokens: int) -> int | None:
+        """Tokens to pin of a sequence that begins with a prompt of n_tokens; None: as the budget says."""
+        if not self._active or self.kv is None:
+            return None
+        return self.kv.prompt_pin(n_tokens, self._options.n_layer or 1)
 
     def check_outputs(self, n: int) -> None:
         """Refuse a decode with more rows of logits than there is room for; llama.cpp would abort.
@@ -369,7 +382,11 @@ class Llama(llama_cpp.Llama):
             self._recorder.prompt = tokens
             if self._recorder.echo:
                 self.reset()  # a cached prefix has no logits
-        return (yield from super().generate(tokens, *args, **kwargs))
+        self._prompt_len = len(tokens)
+        try:
+            return (yield from super().generate(tokens, *args, **kwargs))
+        finally:
+            self._prompt_len = 0
 
     def _create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Iterator[Any]:
         k = kwargs.pop("logprobs", None)

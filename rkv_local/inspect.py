@@ -49,7 +49,7 @@ class Recording:
 
     Args:
         model: its name. kv: the budget it ran with.
-        n_prompt: the first tokens, which were given; the others are the trace.
+        n_prompt: the first tokens, which were given; the others are the trace. n_pin: those never evicted.
         tokens: int32 [n].
         pieces: the bytes of each token, control tokens by name; a character may be spread over several.
         ends: int32 [n_steps], how many tokens there were when the compaction came.
@@ -63,6 +63,7 @@ class Recording:
     model: str
     kv: KVBudget
     n_prompt: int
+    n_pin: int
     tokens: Ints
     pieces: tuple[bytes, ...]
     ends: Ints
@@ -116,11 +117,6 @@ class Recording:
             agreement=agreement,
             chance=chance,
         )
-
-    @property
-    def n_pin(self) -> int:
-        """Tokens that are never evicted."""
-        return min(self.n_prompt, self.kv.budget // 2) if self.kv.pin == "prompt" else int(self.kv.pin)
 
     def to_json(self) -> str:
         """One JSON object; docs/inspect.md describes its keys."""
@@ -194,6 +190,8 @@ class Recorder:
         name = model or Path(llama.model_path).name
         self._model = name.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
         self._llama, self._kv = llama, llama.kv
+        pin = llama.prompt_pin(len(prompt))
+        self._n_pin = int(llama.kv.pin) if pin is None else pin
         layers = _native.governed_layers(llama.ctx)
         self._rows = [(index, head) for index, layer in layers.items() for head in range(layer.n_head_kv)]
         self._budgets = [layer.budget for layer in layers.values() for _ in range(layer.n_head_kv)]
@@ -233,7 +231,9 @@ class Recorder:
         self.tokens += trace
         llama.on_decode = self._decoded
         try:
-            llama.eval(self.tokens[: self._n_prompt])
+            stream = llama.generate(self.tokens[: self._n_prompt])  # not eval: it would not know a prompt
+            next(stream)
+            stream.close()
             yield self._n_prompt
             start = self._n_prompt
             while start < len(self.tokens):
@@ -257,6 +257,7 @@ class Recorder:
             model=self._model,
             kv=self._kv,
             n_prompt=self._n_prompt,
+            n_pin=self._n_pin,
             tokens=np.array(self.tokens, np.int32),
             pieces=tuple(tokenizer.piece(token, special=True) for token in self.tokens),
             ends=np.array(self._ends, np.int32),

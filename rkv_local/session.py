@@ -102,6 +102,10 @@ class Session:
                 raise RKVError(
                     f"the context is full: sequence {seq} would have {end} tokens, n_ctx is {n_ctx}"
                 )
+        for seq, part in left.items():
+            pin = self.llama.prompt_pin(len(part)) if self.pos(seq) == 0 else None
+            if pin is not None:
+                _native.seq_pin(self.llama.ctx, pin, seq)
         rows: dict[int, list[Logits]] = {seq: [] for seq in left}
         while left:
             share = max(1, min(self.llama.n_batch, self._width // len(left)))

@@ -13,8 +13,8 @@ import llama_cpp.llama_cpp as low
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 
-class _Pieces(dict[int, bytes]):
-    """token → its text, filled on demand."""
+class Pieces(dict[int, bytes]):
+    """token → its text (control tokens: nothing, unless `special`), filled on demand."""
 
     def __init__(self, vocab: Any, special: bool) -> None:
         self._vocab, self._special = vocab, special
@@ -42,7 +42,7 @@ class PieceTokenizer(LlamaTokenizer):
     def __init__(self, llama: Any) -> None:
         super().__init__(llama)
         self._bos = llama.token_bos()
-        self._pieces = {special: _Pieces(self._model.vocab, special) for special in (False, True)}
+        self._pieces = {special: Pieces(self._model.vocab, special) for special in (False, True)}
         self._last: dict[bool, tuple[list[int], bytes]] = {False: ([], b""), True: ([], b"")}
 
     def piece(self, token: int, special: bool = False) -> bytes:

@@ -106,7 +106,9 @@ def rounds(seed: int, seconds: float, model_path: Path) -> None:
         return path.read_bytes()
 
     while time.monotonic() < stop:
-        policy = rng.choice(("rkv", "snapkv", "streaming", "latest"))
+        policy = rng.choice(
+            ("rkv", "snapkv", "streaming", "latest", "h2o", "gkv", "lagkv", "triattention", "given")
+        )
         spec = ref.Spec(policy, budget=20, window=4, pin=rng.randrange(3), n_sim=rng.randrange(1, 3))
         budgets = rng.choice(((20, 20), (20, 29), (33, 20)))
         flash = rng.random() < 0.3

@@ -75,7 +75,7 @@ class Corpus:
         seed: problems are numbered from seed * 2**24 on.
         n_ctx: longest document, in tokens; longer ones are left out.
         gym: entries of reasoning-gym by kind, made before; None makes them when needed.
-        short: the share of documents that a beginner's corpus takes from the shortest half.
+        hints: see traces.trace().
     """
 
     def __init__(
@@ -83,13 +83,16 @@ class Corpus:
         tokenizer: Any,
         seed: int,
         n_ctx: int,
-        gym: dict[str, list[dict[str, Any]]] | None = None,
+        gym: dict[str, Any] | None = None,
+        hints: bool = True,
     ) -> None:
-        self.tok, self.n_ctx, self.gym = tokenizer, n_ctx, gym
+        self.tok, self.n_ctx, self.gym, self.hints = tokenizer, n_ctx, gym, hints
         self.rng = random.Random(f"corpus {seed}")
         self.number = seed << 24
-        if not traces.LEGS:
-            traces.LEGS.update(gym["legs"] if gym else {})  # type: ignore[call-overload]
+        if gym:
+            traces.LEGS.update(gym["legs"])
+        elif tokenizer is not None:
+            traces.learn_legs()
 
     def problem(self) -> Problem:
         """The next problem of the mix."""
@@ -104,9 +107,11 @@ class Corpus:
         """Token ids up to and with `<think>\\n`."""
         return prompt_ids(self.tok, p.question)
 
-    def document(self, p: Problem) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
-        """A problem with its trace: tokens [n], and whether each is learned [n]."""
-        segments = traces.trace(p, self.rng)
+    def document(self, p: Problem, cut: bool = False) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
+        """A problem with its trace: tokens [n], and whether each is learned [n]. cut: a chain ends when it is in order."""
+        segments = traces.trace(p, self.rng, hints=self.hints)
+        if cut and p.family == "chain":
+            segments = segments[: next(i for i, s in enumerate(segments) if s[0].startswith(traces.ORDERED))]
         text = "".join(s for s, _ in segments)
         learned = np.repeat([ok for _, ok in segments], [len(s) for s, _ in segments])
         prompt = self.prompt(p)
@@ -115,14 +120,16 @@ class Corpus:
         ids = np.array([*prompt, *enc.ids, IM_END], np.int16)
         mask = np.zeros(len(ids), np.bool_)
         mask[len(prompt) : -1] = learned[starts]
-        mask[-1] = True
+        mask[-1] = not (cut and p.family == "chain")
         return ids, mask
 
-    def documents(self, longest: int | None = None) -> Iterator[tuple[NDArray[np.int16], NDArray[np.bool_]]]:
-        """Documents of at most `longest` tokens (None: n_ctx)."""
+    def documents(
+        self, longest: int | None = None, cut: float = 0.0
+    ) -> Iterator[tuple[NDArray[np.int16], NDArray[np.bool_]]]:
+        """Documents of at most `longest` tokens (None: n_ctx); a share `cut` of the chains ends when they are in order."""
         limit = self.n_ctx if longest is None else longest
         while True:
-            ids, mask = self.document(self.problem())
+            ids, mask = self.document(self.problem(), self.rng.random() < cut)
             if len(ids) <= limit:
                 yield ids, mask
 

@@ -18,6 +18,8 @@ Segment = tuple[str, bool]  # text, learned
 
 LEGS: dict[str, int] = {}  # filled from reasoning-gym's own questions (see learn_legs)
 
+ORDERED = "There are"  # how the segment behind a chain's ordered facts begins
+
 HUMS = (
     "Hmm, let me think about this again.",
     "I want to be sure.",
@@ -34,8 +36,8 @@ FINES = ("Good.", "That matches.", "Yes, that is right.", "OK, it holds.")
 class Trace:
     """Text being written; slip() adds what is read but not learned."""
 
-    def __init__(self, rng: random.Random, slips: float = 0.03) -> None:
-        self.rng, self.slips = rng, slips
+    def __init__(self, rng: random.Random, slips: float = 0.03, hints: bool = True) -> None:
+        self.rng, self.slips, self.hints = rng, slips, hints
         self.segments: list[Segment] = []
 
     def say(self, text: str) -> None:
@@ -109,8 +111,9 @@ def solve_chain(t: Trace, facts: list[Fact], value: dict[str, int], summaries: b
     """Order the facts, then one pass through them."""
     t.say("Let me put the facts in order.\n")
     for i, f in enumerate(facts):
-        t.say(f"{i + 1}. {f.said()}\n")
-    t.say(f"There are {len(facts)} facts. Now step by step.\n")
+        after = f"After {facts[i - 1].who}: " if i and t.hints else ""
+        t.say(f"{i + 1}. {after}{f.said()}\n")
+    t.say(f"{ORDERED} {len(facts)} facts. Now step by step.\n")
     for i, f in enumerate(facts):
         t.say(f"Step {i + 1}: {f.said()}")
         if f.op != "is":
@@ -388,9 +391,12 @@ def gym(t: Trace, p: Problem) -> None:
 WRITERS = {"chain": chain, "digits": digits, "gym": gym}
 
 
-def trace(p: Problem, rng: random.Random, slips: float = 0.03) -> list[Segment]:
-    """What follows `<think>\\n`: the trace, `</think>`, the answer."""
-    t = Trace(rng, slips)
+def trace(p: Problem, rng: random.Random, slips: float = 0.03, hints: bool = True) -> list[Segment]:
+    """What follows `<think>\\n`: the trace, `</think>`, the answer.
+
+    hints: a chain's facts are put in order by asking who comes after whom (the first stage of training had none).
+    """
+    t = Trace(rng, slips, hints)
     WRITERS[p.family](t, p)
     t.say(f"</think>\nThe answer is {p.answer}.")
     return t.segments

@@ -43,6 +43,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--gym", type=Path, help="reasoning-gym entries, pickled by text.gym_entries; made where absent")
     p.add_argument("--gym-entries", type=int, default=60000)
     p.add_argument("--short", type=str, default="0.08:1536,0.2:2560", help="until which share of the run documents are at most how long")
+    p.add_argument("--cut", type=str, default="0.3:0.8", help="until which share of the run which share of the chains ends when it is in order")
+    p.add_argument("--no-hints", action="store_true", help="traces without 'After NAME:' where facts are put in order")
+    p.add_argument("--init", type=Path, help="weights to begin with: model.pt of another run")
     p.add_argument("--attention", choices=("varlen", "flex", "one"), default="varlen")
     p.add_argument("--no-compile", action="store_true")
     for name, value in Config().as_dict().items():
@@ -50,13 +53,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def longest_at(share: float, short: str, n_ctx: int) -> int:
-    """Longest document at a share of the run."""
-    for part in filter(None, short.split(",")):
-        until, tokens = part.split(":")
+def scheduled(share: float, schedule: str, then: float) -> float:
+    """The value at a share of the run of "until:value,until:value"; `then` behind the last."""
+    for part in filter(None, schedule.split(",")):
+        until, value = part.split(":")
         if share < float(until):
-            return min(int(tokens), n_ctx)
-    return n_ctx
+            return float(value)
+    return then
 
 
 def produce(queue: Any, worker: int, a: argparse.Namespace, tokenizer: str, gym: Any, done: int) -> None:
@@ -65,12 +68,14 @@ def produce(queue: Any, worker: int, a: argparse.Namespace, tokenizer: str, gym:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    corpus = Corpus(Tokenizer.from_str(tokenizer), 1 + a.seed * 4096 + worker + 64 * (done > 0), a.n_ctx, gym)
+    seed = 1 + a.seed * 4096 + worker + 64 * (done > 0)
+    corpus = Corpus(Tokenizer.from_str(tokenizer), seed, a.n_ctx, gym, not a.no_hints)
     for step in range(done + worker, a.steps, a.workers):
         tokens = np.zeros(a.tokens, np.int16)
         target = np.full(a.tokens, -1, np.int16)
         starts = [0]
-        for ids, learned in corpus.documents(longest_at(step / a.steps, a.short, a.n_ctx)):
+        longest = int(scheduled(step / a.steps, a.short, a.n_ctx))
+        for ids, learned in corpus.documents(min(longest, a.n_ctx), scheduled(step / a.steps, a.cut, 0.0)):
             at = starts[-1]
             ids, learned = ids[: a.tokens - at], learned[: a.tokens - at]
             end = at + len(ids)
@@ -136,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = saved_tokenizer.read_text()
 
     model = Reasoner(cfg).to(device)
+    if a.init:
+        model.load_state_dict({k: v.float() for k, v in torch.load(a.init, map_location=device, weights_only=True).items()})
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -198,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "log": log, "config": cfg.as_dict()},
         checkpoint,
     )
+    torch.save({k: v.half() for k, v in model.state_dict().items()}, a.out / "model.pt")
     about = {"parameters": n_params, "config": cfg.as_dict(), "steps": step + 1, "of": a.steps, "tokens_per_step": a.tokens}
     about |= {"seed": a.seed, "lr": a.lr, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "log": log}
     (a.out / "train.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -8,6 +8,9 @@ void rkv_policy_latest(rkv_scorer & s, float * z, size_t z_head) {
     float * I = s.result(0);
     float * L = s.result(1);
     s.importance(I);
+    if (s.par.memory > 0.0f) {
+        s.remember(I, s.par.n_sim);
+    }
     s.later_similarity(L);
 
     const float  lambda = s.par.lambda;

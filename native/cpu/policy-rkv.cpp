@@ -6,6 +6,9 @@ void rkv_policy_rkv(rkv_scorer & s, float * z, size_t z_head) {
     float * I = s.result(0);
     float * R = s.result(1);
     s.importance(I);
+    if (s.par.memory > 0.0f) {
+        s.remember(I, 0);
+    }
     s.redundancy(R);
 
     const float  lambda = s.par.lambda;

@@ -5,6 +5,9 @@
 void rkv_policy_snapkv(rkv_scorer & s, float * z, size_t z_head) {
     float * I = s.result(0);
     s.importance(I);
+    if (s.par.memory > 0.0f) {
+        s.remember(I, 0);
+    }
 
     for (int h = s.team.ith; h < s.n_head_kv; h += s.team.nth) {
         for (int j = 0; j < s.n_cand; ++j) {

@@ -27,6 +27,15 @@ static rkv_policy_fn policy_fn(int32_t policy) {
         case RKV_POLICY_SNAPKV:    return rkv_policy_snapkv;
         case RKV_POLICY_STREAMING: return rkv_policy_streaming;
         case RKV_POLICY_LATEST:    return rkv_policy_latest;
+        case RKV_POLICY_H2O:       return rkv_policy_h2o;
+        case RKV_POLICY_GKV:       return rkv_policy_gkv;
+        case RKV_POLICY_RPC:       return rkv_policy_rpc;
+        case RKV_POLICY_CHUNKKV:   return rkv_policy_chunkkv;
+        case RKV_POLICY_VALUE_AWARE: return rkv_policy_value_aware;
+        case RKV_POLICY_KEYDIFF:   return rkv_policy_keydiff;
+        case RKV_POLICY_LAGKV:     return rkv_policy_lagkv;
+        case RKV_POLICY_TRIATTENTION: return rkv_policy_triattention;
+        case RKV_POLICY_GIVEN:     return rkv_policy_given;
         default: GGML_ABORT("rkv: no policy %d", policy); // refused when the context was created
     }
 }
@@ -58,6 +67,14 @@ static rkv_scorer scorer_of(const ggml_tensor * dst, const rkv_op_params & par, 
     s.k_head    = ggml_row_size(k->type, s.n_embd);
     s.k_cell    = k->nb[1];
     s.n_aux     = aux ? aux->ne[0] : 0;
+    if (const ggml_tensor * v = dst->src[7]) {
+        s.v_type   = v->type;
+        s.v_el     = v->nb[0];
+        s.v_cell   = v->nb[1];
+        s.v_head   = v->nb[2];
+        s.n_embd_v = v->ne[0];
+    }
+    s.n_stats   = dst->src[8] ? dst->src[8]->ne[0] : 0;
     return s;
 }
 
@@ -69,6 +86,9 @@ static void forward_score(const ggml_compute_params * params, ggml_tensor * dst)
     const ggml_tensor * aux  = dst->src[4];
     const ggml_tensor * rope = dst->src[5];
     const ggml_tensor * sinks = dst->src[6];
+    const ggml_tensor * v     = dst->src[7];
+    const ggml_tensor * stats = dst->src[8];
+    const ggml_tensor * q_pos = dst->src[9];
 
     const rkv_op_params par = params_of(dst);
     rkv_scorer s = scorer_of(dst, par, { params->ith, params->nth, params->threadpool });
@@ -82,6 +102,8 @@ static void forward_score(const ggml_compute_params * params, ggml_tensor * dst)
         s.n      = job[RKV_JOB_END] - begin;
         s.n_old  = job[RKV_JOB_OLD_END] - begin;
         s.n_cand = std::max(0, s.n - par.window);
+        s.pin    = job[RKV_JOB_PIN];
+        s.n_keep = job[RKV_JOB_KEEP];
         s.k      = (const char *) k->data + strm*k->nb[2] + begin*k->nb[1];
         s.pos    = (const int32_t *) ((const char *) pos->data + strm*pos->nb[2]) + begin;
         s.pos_head = pos->nb[1]/sizeof(int32_t);
@@ -93,11 +115,18 @@ static void forward_score(const ggml_compute_params * params, ggml_tensor * dst)
             s.rope     = (const float *) rope->data;
             s.rope_row = rope->nb[1]/sizeof(float);
         }
+        if (v) {
+            s.v = (const char *) v->data + strm*v->nb[3] + begin*v->nb[1];
+        }
+        if (stats) {
+            s.stats = (float *) ((char *) stats->data + strm*stats->nb[2]);
+        }
         s.sinks   = sinks ? (const float *) sinks->data : nullptr;
         s.n_query = 0;
         const uint64_t slots = (uint32_t) job[RKV_JOB_QUERY_LO] | (uint64_t) (uint32_t) job[RKV_JOB_QUERY_HI] << 32;
         for (int slot = 0; slot < par.window; ++slot) {
             if (slots >> slot & 1) {
+                s.query_pos[s.n_query] = q_pos ? ((const int32_t *) ((const char *) q_pos->data + i*q_pos->nb[1]))[slot] : -1;
                 s.query[s.n_query++] = (const float *) ((const char *) q->data + strm*q->nb[2] + slot*q->nb[1]);
             }
         }
@@ -134,21 +163,22 @@ static void forward_select(const ggml_compute_params * params, ggml_tensor * dst
             }
             continue;
         }
-        const int n_cand = n - par.window - par.pin;
-        const int n_top  = keep - par.window - par.pin;
+        const int pin    = job[RKV_JOB_PIN];
+        const int n_cand = n - par.window - pin;
+        const int n_top  = keep - par.window - pin;
         for (int j = 0; j < n_cand; ++j) {
-            cand[j] = par.pin + j;
-            zc[j]   = std::isnan(z[par.pin + j]) ? -INFINITY : z[par.pin + j];
+            cand[j] = pin + j;
+            zc[j]   = std::isnan(z[pin + j]) ? -INFINITY : z[pin + j];
         }
-        const auto above = [zc, &par](int32_t a, int32_t b) {
-            const float za = zc[a - par.pin], zb = zc[b - par.pin];
+        const auto above = [zc, pin](int32_t a, int32_t b) {
+            const float za = zc[a - pin], zb = zc[b - pin];
             return za > zb || (za == zb && a < b);
         };
         std::nth_element(cand, cand + n_top, cand + n_cand, above);
         std::sort(cand, cand + n_top);
 
         int32_t * at = out;
-        for (int j = 0; j < par.pin; ++j) {
+        for (int j = 0; j < pin; ++j) {
             *at++ = begin + j;
         }
         for (int j = 0; j < n_top; ++j) {

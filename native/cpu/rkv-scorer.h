@@ -47,6 +47,13 @@ struct rkv_scorer {
     const int32_t * pos = nullptr; size_t pos_head = 0; // true positions; stride between heads in elements
     float * aux = nullptr;         size_t aux_head = 0; // n_aux floats per cell
     int     n_aux = 0;
+    // values: element i of a head's cell j lies at v + h*v_head + j*v_cell + i*v_el
+    const char * v = nullptr;
+    size_t       v_head = 0, v_cell = 0, v_el = 0;
+    int          v_type = 0, n_embd_v = 0;
+    float * stats = nullptr;       size_t n_stats = 0; // [n_head][n_stats], see rkv_n_stats()
+    int32_t query_pos[RKV_MAX_WINDOW] = {};
+    int     pin = 0, n_keep = 0;
     const float * rope = nullptr;  int64_t rope_row = 0; // table, floats per row
 
     // scratch, sized by layout() for n_max cells
@@ -57,11 +64,27 @@ struct rkv_scorer {
     float * tmp[3] = {};   // [n_head_kv][n_pad]
     float * sum = nullptr;      // [n_head_kv][n_embd]
     int32_t * copy = nullptr;   // [n_head_kv][n_pad]
-    float * row = nullptr;      // [n_embd], one per thread
+    float * row = nullptr;      // 4 rows of a key's or a value's length, for each thread
     int n_max_pad = 0;
 
-    // I: [n_head_kv][n_pad], written for j < n_cand, 0 beyond
+    // A: [n_head_kv][n_pad], mean over the window's queries of their attention; written for j < n_cand, 0 beyond
+    void attention(float * A);
+    // I: the same, max-pooled
     void importance(float * I);
+    // I = max(memory*stored, I), and stored
+    void remember(float * I, int slot);
+    // z: mean over all query heads of the layer of what each pays to the cells that are not pinned, mean-pooled
+    void layer_attention(float * z, size_t z_head);
+    // z: minus the cosine to the mean of the normalised keys
+    void key_difference(float * z, size_t z_head);
+    // S: [n_head_kv][n_pad], deviation over the channels, each normalised by its range in the next chunk of n_chunk cells
+    void lag_deviation(float * S, int n_chunk, bool of_values);
+    // N: [n_head_kv][n_pad], lengths of the values
+    void value_lengths(float * N);
+    // triattention: the window's queries go into the statistics
+    void gather_statistics();
+    // z: what the mean query looks at from where it will be, z-scores, the largest of the group
+    void trigonometric(float * z, size_t z_head);
     // R: [n_head_kv][n_pad], for all j < n
     void redundancy(float * R);
     // L: [n_head_kv][n_pad], mean of the par.n_sim highest RoPE-free cosines of key j to a later key
@@ -75,9 +98,12 @@ struct rkv_scorer {
     size_t layout(float * base, int n_max, int nth);
 
 private:
-    enum key_form { RAW, UNROTATED };
+    enum key_form { RAW, PLAIN, UNROTATED }; // as cached; without the cache's Hadamard rotation; without RoPE too
     void load_keys(key_form form);
+    void key_row(int h, int j, float * dst) const;
+    void value_row(int h, int j, float * dst) const;
     void normalise_keys();
+    void sum_keys();
     void search_copies(int h, int panel);
     int  n_panel() const { return pad_n() / RKV_PANEL; }
     float * panel(int h, int b) const { return panels + ((size_t) h*(n_max_pad/RKV_PANEL) + b)*n_embd*RKV_PANEL; }
@@ -86,7 +112,16 @@ private:
 // z: [n_head_kv] rows at a stride of z_head floats; entries j < n_cand are compared by the selection
 using rkv_policy_fn = void (*)(rkv_scorer & s, float * z, size_t z_head);
 
-void rkv_policy_rkv      (rkv_scorer & s, float * z, size_t z_head);
-void rkv_policy_snapkv   (rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_rkv(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_snapkv(rkv_scorer & s, float * z, size_t z_head);
 void rkv_policy_streaming(rkv_scorer & s, float * z, size_t z_head);
-void rkv_policy_latest   (rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_latest(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_h2o(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_gkv(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_rpc(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_chunkkv(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_value_aware(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_keydiff(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_lagkv(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_triattention(rkv_scorer & s, float * z, size_t z_head);
+void rkv_policy_given(rkv_scorer & s, float * z, size_t z_head);

@@ -30,6 +30,9 @@ static rkv_cuda_score_args score_args(const ggml_tensor * dst) {
     const ggml_tensor * pos  = dst->src[3];
     const ggml_tensor * aux  = dst->src[4];
     const ggml_tensor * rope = dst->src[5];
+    const ggml_tensor * v     = dst->src[7];
+    const ggml_tensor * stats = dst->src[8];
+    const ggml_tensor * q_pos = dst->src[9];
 
     rkv_cuda_score_args a = {};
     a.par       = params_of(dst);
@@ -46,6 +49,7 @@ static rkv_cuda_score_args score_args(const ggml_tensor * dst) {
     a.k_stream = k->nb[2];
     a.q        = (const float *) q->data;
     a.q_slot   = stride<float>(q, 1);
+    a.q_head   = (int64_t) a.n_group*a.n_embd;
     a.q_stream = stride<float>(q, 2);
     a.pos        = (const int32_t *) pos->data;
     a.pos_head   = stride<int32_t>(pos, 1);
@@ -59,6 +63,22 @@ static rkv_cuda_score_args score_args(const ggml_tensor * dst) {
     if (rope) {
         a.rope     = (const float *) rope->data;
         a.rope_row = stride<float>(rope, 1);
+    }
+    if (v) {
+        a.v        = (const char *) v->data;
+        a.type_v   = v->type;
+        a.n_embd_v = v->ne[0];
+        a.v_el     = v->nb[0];
+        a.v_cell   = v->nb[1];
+        a.v_head   = v->nb[2];
+        a.v_stream = v->nb[3];
+    }
+    if (stats && q_pos) {
+        a.stats        = (float *) stats->data;
+        a.stats_head   = stride<float>(stats, 1);
+        a.stats_stream = stride<float>(stats, 2);
+        a.q_pos        = (const int32_t *) q_pos->data;
+        a.q_pos_job    = stride<int32_t>(q_pos, 1);
     }
     a.dst      = (float *) dst->data;
     a.dst_head = stride<float>(dst, 1);
@@ -82,7 +102,7 @@ static void select(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     rkv_cuda_select({
         (const float *) z->data, stride<float>(z, 1), stride<float>(z, 2),
         (int32_t *) dst->data, stride<int32_t>(dst, 1), stride<int32_t>(dst, 2),
-        jobs_of(dst->src[1]), (int) dst->ne[1], par.window, par.pin,
+        jobs_of(dst->src[1]), (int) dst->ne[1], par.window,
     }, ctx.stream());
 }
 
@@ -115,6 +135,27 @@ void ggml_cuda_op_rkv(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
+static bool values_supported(const ggml_tensor * v, const rkv_op_params & par) {
+    const bool adjacent = v->nb[0] == ggml_type_size(v->type);
+    return rkv_cuda_type_supported(v->type) && (adjacent || !ggml_is_quantized(v->type)) && v->ne[0] % 2 == 0 &&
+        v->ne[0] <= RKV_CUDA_MAX_EMBD && (par.n_hadamard_v == 0 ||
+            (v->ne[0] % par.n_hadamard_v == 0 && (par.n_hadamard_v & (par.n_hadamard_v - 1)) == 0));
+}
+
+// What the kernels do not do: attention sinks, and RoPE that begins behind a head's first element (MLA).
+static bool score_supported(const ggml_tensor * op, const rkv_op_params & par, rkv_cuda_device device) {
+    if (!rkv_score_is_sane(op, &par) || par.policy <= RKV_POLICY_NONE || par.policy >= RKV_POLICY_COUNT || par.window < 1 ||
+            (op->src[6] && rkv_asks_queries(par.policy)) || (op->src[5] && par.rope_begin > 0)) {
+        return false;
+    }
+    const ggml_tensor * k = op->src[0];
+    const int64_t n_embd = k->ne[0]/par.n_head_kv;
+    return rkv_cuda_type_supported(k->type) && n_embd % 2 == 0 && n_embd <= RKV_CUDA_MAX_EMBD &&
+        (par.policy != RKV_POLICY_LATEST || op->src[4]) &&
+        (!rkv_needs_values(par.policy) || values_supported(op->src[7], par)) &&
+        (!rkv_searches_copies(par.policy) || rkv_cuda_search_supported(n_embd, device));
+}
+
 bool ggml_cuda_op_rkv_supported(int device, const ggml_tensor * op) {
     const rkv_op_params par = params_of(op);
     switch (par.sub_op) {
@@ -123,17 +164,8 @@ bool ggml_cuda_op_rkv_supported(int device, const ggml_tensor * op) {
             return true;
         case RKV_SUB_OP_COMPACT:
             return op->ne[2] % op->src[1]->ne[1] == 0;
-        case RKV_SUB_OP_SCORE: {
-            if (!rkv_score_is_sane(op, &par)) {
-                return false;
-            }
-            const ggml_tensor * k = op->src[0];
-            const int64_t n_embd = k->ne[0]/par.n_head_kv;
-            return rkv_cuda_type_supported(k->type) && n_embd % 2 == 0 && n_embd <= RKV_CUDA_MAX_EMBD && par.window >= 1 &&
-                par.policy > RKV_POLICY_NONE && par.policy < RKV_POLICY_COUNT &&
-                (par.policy != RKV_POLICY_LATEST || op->src[4]) &&
-                (par.policy != RKV_POLICY_RKV || rkv_cuda_search_supported(n_embd, device_of(device)));
-        }
+        case RKV_SUB_OP_SCORE:
+            return score_supported(op, par, device_of(device));
         default:
             return false;
     }

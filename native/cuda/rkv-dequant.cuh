@@ -1,4 +1,4 @@
-// Two neighbouring elements of a cached row, as float32.
+// Elements of a cached row, as float32.
 
 #pragma once
 
@@ -72,5 +72,16 @@ static __device__ __forceinline__ float2 rkv_load2(int type_k, const char * row,
         }
         default:
             return make_float2(0.0f, 0.0f); // refused by supports_op
+    }
+}
+
+// one element of a type without blocks
+template <int type>
+static __device__ __forceinline__ float rkv_load1(const char * x) {
+    switch (type) {
+        case GGML_TYPE_F32:  return *(const float *) x;
+        case GGML_TYPE_F16:  return __half2float(*(const half *) x);
+        case GGML_TYPE_BF16: return __uint_as_float((uint32_t) *(const uint16_t *) x << 16);
+        default:             return 0.0f; // refused by supports_op
     }
 }

@@ -21,6 +21,7 @@ static __global__ void __launch_bounds__(SELECT_THREADS) rkv_select(const rkv_cu
     const int head = blockIdx.x, tid = threadIdx.x, lane = tid%WARP_SIZE, warp = tid/WARP_SIZE;
     const int32_t * job = a.jobs[blockIdx.y];
     const int begin = job[RKV_JOB_BEGIN], n = job[RKV_JOB_END] - begin, keep = job[RKV_JOB_KEEP];
+    const int pin = job[RKV_JOB_PIN];
     int32_t * out = a.dst + head*a.dst_head + blockIdx.y*a.dst_job;
     if (keep >= n) {
         for (int j = tid; j < n; j += SELECT_THREADS) {
@@ -28,9 +29,9 @@ static __global__ void __launch_bounds__(SELECT_THREADS) rkv_select(const rkv_cu
         }
         return;
     }
-    const float * z = a.score + head*a.score_head + blockIdx.y*a.score_job + a.pin;
-    const int n_cand = n - a.window - a.pin;
-    const int n_top  = keep - a.window - a.pin;
+    const float * z = a.score + head*a.score_head + blockIdx.y*a.score_job + pin;
+    const int n_cand = n - a.window - pin;
+    const int n_top  = keep - a.window - pin;
 
     __shared__ uint32_t count[256];
     __shared__ uint32_t found[2]; // digit, rows still to be found below it
@@ -75,7 +76,7 @@ static __global__ void __launch_bounds__(SELECT_THREADS) rkv_select(const rkv_cu
         __syncthreads();
     }
 
-    for (int j = tid; j < a.pin; j += SELECT_THREADS) {
+    for (int j = tid; j < pin; j += SELECT_THREADS) {
         out[j] = begin + j;
     }
     for (int j = tid; j < a.window; j += SELECT_THREADS) {
@@ -109,7 +110,7 @@ static __global__ void __launch_bounds__(SELECT_THREADS) rkv_select(const rkv_cu
         }
         const uint32_t above = n_above + (before & 0xffff), equal = n_equal + (before >> 16);
         if (mine == 1 || (mine != 0 && equal < need)) {
-            out[a.pin + above + min(equal, need)] = begin + a.pin + j;
+            out[pin + above + min(equal, need)] = begin + pin + j;
         }
         n_above += all & 0xffff;
         n_equal += all >> 16;

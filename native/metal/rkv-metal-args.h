@@ -20,6 +20,7 @@
 #define RKV_METAL_JOB_SHIFT    6
 #define RKV_METAL_JOB_QUERY_LO 7
 #define RKV_METAL_JOB_QUERY_HI 8
+#define RKV_METAL_JOB_PIN      9
 
 // enum rkv_policy, enum rkv_op_flags, RKV_ROPE_LO
 #define RKV_METAL_POLICY_RKV       1
@@ -79,7 +80,6 @@ struct rkv_metal_select_args {
     uint64_t idx_head, idx_job;
     uint64_t job_size;
     int32_t  window;
-    int32_t  pin;
 };
 
 // words are of 4 or 2 bytes; strides in words

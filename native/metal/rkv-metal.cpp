@@ -15,10 +15,10 @@
 static_assert(RKV_METAL_JOB_STREAM == RKV_JOB_STREAM && RKV_METAL_JOB_BEGIN == RKV_JOB_BEGIN &&
     RKV_METAL_JOB_OLD_END == RKV_JOB_OLD_END && RKV_METAL_JOB_END == RKV_JOB_END && RKV_METAL_JOB_KEEP == RKV_JOB_KEEP &&
     RKV_METAL_JOB_DST == RKV_JOB_DST && RKV_METAL_JOB_SHIFT == RKV_JOB_SHIFT &&
-    RKV_METAL_JOB_QUERY_LO == RKV_JOB_QUERY_LO && RKV_METAL_JOB_QUERY_HI == RKV_JOB_QUERY_HI, "rkv-ops.h has changed");
+    RKV_METAL_JOB_QUERY_LO == RKV_JOB_QUERY_LO && RKV_METAL_JOB_QUERY_HI == RKV_JOB_QUERY_HI &&
+    RKV_METAL_JOB_PIN == RKV_JOB_PIN, "rkv-ops.h has changed");
 static_assert(RKV_METAL_POLICY_RKV == RKV_POLICY_RKV && RKV_METAL_POLICY_SNAPKV == RKV_POLICY_SNAPKV &&
-    RKV_METAL_POLICY_STREAMING == RKV_POLICY_STREAMING && RKV_METAL_POLICY_LATEST == RKV_POLICY_LATEST &&
-    RKV_POLICY_COUNT == 5, "rkv-policy.h has changed");
+    RKV_METAL_POLICY_STREAMING == RKV_POLICY_STREAMING && RKV_METAL_POLICY_LATEST == RKV_POLICY_LATEST, "rkv-policy.h has changed");
 static_assert(RKV_METAL_FLAG_REFERENCE == RKV_FLAG_REFERENCE && RKV_METAL_FLAG_ROPE_NEOX == RKV_FLAG_ROPE_NEOX &&
     RKV_METAL_ROPE_LO == RKV_ROPE_LO && RKV_METAL_MAX_SIM == RKV_MAX_AUX, "rkv-ops.h has changed");
 
@@ -51,7 +51,7 @@ static int key_type(ggml_type type) {
 }
 
 static bool supports_score(const ggml_tensor * op, const rkv_op_params & par) {
-    return par.policy > RKV_POLICY_NONE && par.policy < RKV_POLICY_COUNT && rkv_score_is_sane(op, &par) &&
+    return par.policy > RKV_POLICY_NONE && par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f && rkv_score_is_sane(op, &par) &&
         key_type(op->src[0]->type) >= 0 && op->src[0]->ne[0]/par.n_head_kv <= MAX_HEAD &&
         (par.policy != RKV_POLICY_LATEST || (op->src[4] && par.n_sim <= RKV_METAL_MAX_SIM));
 }
@@ -256,7 +256,6 @@ static void encode_select(launcher & launch, ggml_tensor * op, const rkv_op_para
     args.idx_job  = op->nb[2];
     args.job_size = jobs->nb[1];
     args.window   = par.window;
-    args.pin      = par.pin;
     launch("kernel_rkv_select", args, { buffer_of(score), buffer_of(jobs), buffer_of(op) },
         RKV_METAL_THREADS/RKV_METAL_SIMD*sizeof(uint32_t), 1, op->ne[1], jobs->ne[1], RKV_METAL_THREADS);
 }

@@ -763,9 +763,10 @@ kernel void kernel_rkv_select(
         ushort sg[[simdgroup_index_in_threadgroup]]) {
     const int nsg = RKV_METAL_THREADS/RKV_METAL_SIMD;
     const rkv_job job  = rkv_read_job(jobs, args.job_size, args.window, tgpig[2]);
-    const int     keep = ((device const int32_t *) (jobs + tgpig[2]*args.job_size))[RKV_METAL_JOB_KEEP];
+    device const int32_t * f = (device const int32_t *) (jobs + tgpig[2]*args.job_size);
+    const int     keep = f[RKV_METAL_JOB_KEEP], pin = f[RKV_METAL_JOB_PIN];
 
-    device const float * z   = (device const float *) (score + tgpig[1]*args.z_head + tgpig[2]*args.z_job) + args.pin;
+    device const float * z   = (device const float *) (score + tgpig[1]*args.z_head + tgpig[2]*args.z_job) + pin;
     device int32_t     * out = (device int32_t *) (dst + tgpig[1]*args.idx_head + tgpig[2]*args.idx_job);
 
     if (keep >= job.n) {
@@ -774,8 +775,8 @@ kernel void kernel_rkv_select(
         }
         return;
     }
-    const int  n_cand = job.n - args.window - args.pin;
-    const uint n_top  = max(0, keep - args.window - args.pin);
+    const int  n_cand = job.n - args.window - pin;
+    const uint n_top  = max(0, keep - args.window - pin);
 
     // the largest value that at least n_top candidates reach
     uint level = 0;
@@ -809,10 +810,10 @@ kernel void kernel_rkv_select(
         const uint at = kept_before + rkv_group_prefix(kept ? 1 : 0, &total, shmem, nsg, lane, sg);
         kept_before += total;
         if (kept) {
-            out[args.pin + at] = job.begin + args.pin + j;
+            out[pin + at] = job.begin + pin + j;
         }
     }
-    for (int j = tiitg; j < args.pin; j += RKV_METAL_THREADS) {
+    for (int j = tiitg; j < pin; j += RKV_METAL_THREADS) {
         out[j] = job.begin + j;
     }
     for (int j = tiitg; j < args.window; j += RKV_METAL_THREADS) {

@@ -43,8 +43,16 @@ struct test_rkv : public test_case {
                 if (!d.rope.empty()) {
                     in.rope = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_rot, d.rope.size()/c.n_rot);
                 }
+                if (rkv_needs_values(c.policy)) {
+                    in.v = ggml_new_tensor_3d(ctx, c.type_v, (int64_t) c.n_embd_v*c.n_head_kv, c.n_cells, c.n_stream);
+                }
+                if (!d.stats.empty()) {
+                    const int64_t n_head = c.n_head_kv*c.n_group;
+                    in.stats = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d.stats.size()/n_head/c.n_stream, n_head, c.n_stream);
+                    in.q_pos = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.window, n_jobs);
+                }
                 ggml_tensor * pos = ggml_rkv_positions(ctx, in.pos, in.new_pos, in.jobs, &par); // RoPE is undone by them
-                ggml_tensor * z = ggml_rkv_score(ctx, in.k, in.q, in.jobs, pos, in.aux, in.rope, &par);
+                ggml_tensor * z = rkv_case_score(ctx, c, in, pos);
                 return mode == MODE_PERF ? z : // the window's entries mean nothing
                     ggml_cont(ctx, ggml_view_3d(ctx, z, c.n_cells - c.window, c.n_head_kv, n_jobs, z->nb[1], z->nb[2], 0));
             }
@@ -97,7 +105,7 @@ static rkv_case rkv_full_case(int policy, ggml_type type, int n_embd, int n_head
     c.n_group   = n_group;
     c.n_cells   = n_cells;
     c.n_stream  = n_jobs;
-    c.n_rot     = policy == RKV_POLICY_LATEST ? n_embd : 0;
+    c.n_rot     = rkv_needs_rope(policy) ? n_embd : 0;
     for (int i = 0; i < n_jobs; ++i) {
         c.jobs.push_back({ i, 0, n_cells/2, n_cells, n_cells - 40, 0, 0, (1ull << c.window) - 1 });
     }
@@ -108,6 +116,9 @@ static void rkv_test_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         for (const int n_embd : { 64, 96, 128, 256, 576 }) {
             for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_LATEST }) {
+                cases.emplace_back(new test_rkv(rkv_full_case(policy, type, n_embd, 2, 4, 200, 3), RKV_SUB_OP_SCORE));
+            }
+            for (int policy = RKV_POLICY_H2O; policy < RKV_POLICY_COUNT && (n_embd == 64 || n_embd == 128); ++policy) {
                 cases.emplace_back(new test_rkv(rkv_full_case(policy, type, n_embd, 2, 4, 200, 3), RKV_SUB_OP_SCORE));
             }
             cases.emplace_back(new test_rkv(rkv_full_case(RKV_POLICY_RKV, type, n_embd, 2, 4, 200, 3), RKV_SUB_OP_COMPACT));
@@ -123,6 +134,9 @@ static void rkv_test_cases(std::vector<std::unique_ptr<test_case>> & cases) {
 static void rkv_perf_cases(std::vector<std::unique_ptr<test_case>> & cases) { // a layer of Llama-8B
     for (const int n_jobs : { 1, 16 }) {
         for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_LATEST }) {
+            cases.emplace_back(new test_rkv(rkv_full_case(policy, GGML_TYPE_F16, 128, 8, 4, 1152, n_jobs), RKV_SUB_OP_SCORE));
+        }
+        for (int policy = RKV_POLICY_H2O; policy <= RKV_POLICY_TRIATTENTION; ++policy) {
             cases.emplace_back(new test_rkv(rkv_full_case(policy, GGML_TYPE_F16, 128, 8, 4, 1152, n_jobs), RKV_SUB_OP_SCORE));
         }
         const rkv_case c = rkv_full_case(RKV_POLICY_RKV, GGML_TYPE_F16, 128, 8, 4, 1152, n_jobs);

@@ -31,7 +31,8 @@ static std::vector<rkv_case_job> two_jobs(const rkv_case & c) {
 }
 
 static std::vector<rkv_case> make_cases() {
-    static const char * const policies[] = { "none", "rkv", "snapkv", "streaming", "latest" };
+    static const char * const policies[] = { "none", "rkv", "snapkv", "streaming", "latest", "h2o", "gkv", "rpc",
+        "chunkkv", "value-aware", "keydiff", "lagkv", "triattention", "given" };
     std::vector<rkv_case> all;
 
     const auto add = [&](const std::string & what, int policy, const std::function<void(rkv_case &)> & change) {
@@ -40,12 +41,21 @@ static std::vector<rkv_case> make_cases() {
         c.name   = std::string(policies[policy]) + " " + what;
         if (policy == RKV_POLICY_LATEST) {
             c.n_sim = c.n_aux = 2;
+        }
+        if (rkv_needs_rope(policy)) {
             c.n_rot = c.n_embd_k;
         }
+        if (policy == RKV_POLICY_GKV) {
+            c.lambda = 0.5f;
+            c.pool   = 1;
+            c.memory = 0.8f;
+        }
         change(c);
-        if (policy != RKV_POLICY_LATEST) {
+        if (!rkv_needs_rope(policy)) {
             c.n_rot = 0;
         }
+        const rkv_op_params par = rkv_case_params(c);
+        c.n_aux = policy == RKV_POLICY_LATEST && c.memory == 0.0f ? c.n_aux : std::max(1, rkv_n_aux(&par));
         c.n_rot = std::min(c.n_rot, c.n_embd_k);
         if (c.jobs.empty()) {
             c.jobs = two_jobs(c);
@@ -201,6 +211,145 @@ static std::vector<rkv_case> make_cases() {
         add("no candidate kept", policy, [&](rkv_case & c) { c.jobs = { { 0, 0, 0, 160, 12, 0, 0, 0xff } }; });
     }
 
+    // the policies that other backends may leave to the CPU
+    for (int policy = RKV_POLICY_H2O; policy < RKV_POLICY_COUNT; ++policy) {
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            add(std::string("K and V ") + ggml_type_name(type), policy, [&](rkv_case & c) {
+                full(c, 128);
+                c.type_k = c.type_v = type;
+                c.n_hadamard = c.n_hadamard_v = ggml_is_quantized(type) ? 128 : 0;
+            });
+        }
+        add("transposed V f16", policy, [&](rkv_case & c) { c.v_trans = true; });
+        add("head 96", policy, [&](rkv_case & c) { full(c, 96); });
+        add("group 1, KV heads 3", policy, [&](rkv_case & c) { c.n_group = 1; c.n_head_kv = 3; });
+        for (const int pin : { 0, 20 }) {
+            add("pin " + std::to_string(pin), policy, [&](rkv_case & c) { c.pin = pin; });
+        }
+        for (const int window : { 1, 33 }) {
+            add("window " + std::to_string(window), policy, [&](rkv_case & c) { c.window = window; });
+        }
+        add("soft-cap", policy, [&](rkv_case & c) { c.softcap = 2.0f; });
+        add("one job, fresh", policy, [&](rkv_case & c) { c.jobs = { { 1, 0, 0, 160, 80, 0, 0, 0xff } }; });
+        add("ragged", policy, [&](rkv_case & c) {
+            c.n_stream = 4;
+            c.jobs = {
+                { 3, 9,  40,  79,  70, 9,  0,  0xff }, // keeps all that it has
+                { 0, 4,  100, 101, 93, 4,  0,  0x01 }, // one query is left
+                { 2, 0,  0,   41,  16, 0,  0,  0x5a },
+            };
+        });
+        add("a group with a smaller budget", policy, [&](rkv_case & c) {
+            c.jobs = { { 1, 0, 40, 160, 40, 0, 96, 0xff }, { 2, 30, 30, 131, 40, 0, 96, 0xff } };
+        });
+        add("8B layer", policy, [&](rkv_case & c) {
+            full(c, 128);
+            c.n_head_kv = 8;
+            c.n_group = 4;
+            c.n_cells = 1152;
+            c.n_stream = 2;
+            c.jobs = { { 1, 0, 1024, 1152, 1024, 0, 0, 0xff } };
+        });
+    }
+    // what their kernels could get wrong
+    for (int policy = RKV_POLICY_H2O; policy <= RKV_POLICY_TRIATTENTION; ++policy) {
+        add("K 192, V 128 q8_0", policy, [&](rkv_case & c) {
+            full(c, 192);
+            c.n_embd_v = 128;
+            c.type_k   = c.type_v = GGML_TYPE_Q8_0;
+        });
+        add("K 80, V 112 bf16", policy, [&](rkv_case & c) {
+            full(c, 80);
+            c.n_embd_v = 112;
+            c.type_k   = c.type_v = GGML_TYPE_BF16;
+        });
+        add("K 256, V 64, Hadamard 64", policy, [&](rkv_case & c) {
+            full(c, 256);
+            c.n_embd_v   = 64;
+            c.n_hadamard = c.n_hadamard_v = 64;
+            c.type_k = GGML_TYPE_Q5_1;
+            c.type_v = GGML_TYPE_Q8_0;
+        });
+        add("K and V 576", policy, [&](rkv_case & c) {
+            full(c, 576);
+            c.n_rot = 64;
+            c.n_head_kv = 1;
+            c.n_group = 16;
+        });
+        add("8 KV heads, group 5", policy, [&](rkv_case & c) { c.n_head_kv = 8; c.n_group = 5; });
+        add("window 64", policy, [&](rkv_case & c) { c.window = 64; });
+        add("half of the cells pinned", policy, [&](rkv_case & c) { c.pin = 60; });
+        add("NaN key", policy, [&](rkv_case & c) { c.nan_key = true; });
+        add("transposed V f32", policy, [&](rkv_case & c) { c.v_trans = true; c.type_v = GGML_TYPE_F32; });
+        add("transposed V bf16", policy, [&](rkv_case & c) { c.v_trans = true; c.type_v = GGML_TYPE_BF16; });
+        add("shorter than the window", policy, [&](rkv_case & c) {
+            c.jobs = { { 1, 5, 5, 11, 6, 2, 0, 0x3f }, { 0, 0, 64, 128, 64, 0, 0, 0xff } };
+        });
+        add("16 sequences", policy, [&](rkv_case & c) {
+            c.n_cells  = 96;
+            c.n_stream = 17;
+            for (int i = 0; i < 16; ++i) {
+                c.jobs.push_back({ (i*5 + 1) % 17, i % 3, 64, 96 - (i % 4), 64 - i % 3, 0, 0, 0xff });
+            }
+        });
+        add("one candidate kept", policy, [&](rkv_case & c) { c.jobs = { { 0, 0, 0, 160, 13, 0, 0, 0xff } }; });
+        add("no candidate kept", policy, [&](rkv_case & c) { c.jobs = { { 0, 0, 0, 160, 12, 0, 0, 0xff } }; });
+        add("8B layer q8_0", policy, [&](rkv_case & c) {
+            full(c, 128);
+            c.type_k = c.type_v = GGML_TYPE_Q8_0;
+            c.n_hadamard = c.n_hadamard_v = 128;
+            c.chunk = policy == RKV_POLICY_LAGKV ? 128 : 10;
+            c.n_head_kv = 8;
+            c.n_group = 4;
+            c.n_cells = 1152;
+            c.n_stream = 2;
+            c.jobs = { { 1, 0, 1024, 1152, 1024, 0, 0, 0xff }, { 0, 0, 0, 1100, 1024, 0, 0, 0xff } };
+        });
+    }
+    add("values alike", RKV_POLICY_VALUE_AWARE, [&](rkv_case & c) { c.same_values = true; c.value_share = 0.5f; });
+    add("values alike", RKV_POLICY_LAGKV, [&](rkv_case & c) { c.same_values = true; });
+    add("another seed", RKV_POLICY_VALUE_AWARE, [&](rkv_case & c) { c.seed = 0x9abcdef1u; c.layer = 31; });
+    for (const float lambda : { 0.0f, 1.0f }) {
+        add("lambda " + std::to_string(lambda).substr(0, 3), RKV_POLICY_GKV, [&](rkv_case & c) { c.lambda = lambda; });
+    }
+    add("pool 7, threshold 0.80", RKV_POLICY_GKV, [&](rkv_case & c) { c.pool = 7; c.threshold = 0.8f; });
+    for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_LATEST, RKV_POLICY_GKV }) {
+        add("memory, ragged", policy, [&](rkv_case & c) {
+            c.memory = 1.0f;
+            c.jobs = { { 2, 0, 70, 160, 70, 0, 0, 0xff }, { 1, 13, 13, 150, 70, 4, 0, 0x3c }, { 0, 4, 100, 101, 93, 4, 0, 0x01 } };
+        });
+    }
+    add("memory of 5 floats", RKV_POLICY_LATEST, [&](rkv_case & c) { c.memory = 0.5f; c.n_sim = 4; });
+    for (const bool neox : { false, true }) {
+        const std::string kind = neox ? " neox" : " normal";
+        add("rope" + kind, RKV_POLICY_TRIATTENTION, [&](rkv_case & c) { c.neox = neox; });
+        add("rope q8_0 Hadamard 64" + kind, RKV_POLICY_TRIATTENTION, [&](rkv_case & c) {
+            c.neox = neox;
+            c.n_hadamard = 64;
+            c.type_k = GGML_TYPE_Q8_0;
+            full(c, 192);
+        });
+    }
+    add("no rope", RKV_POLICY_TRIATTENTION, [&](rkv_case & c) { c.n_rot = 0; });
+
+    for (const int chunk : { 1, 7, 64, 500 }) {
+        add("chunk " + std::to_string(chunk), RKV_POLICY_CHUNKKV, [&](rkv_case & c) { c.chunk = chunk; });
+        add("chunk " + std::to_string(chunk), RKV_POLICY_LAGKV, [&](rkv_case & c) { c.chunk = chunk; });
+    }
+    for (const float share : { 0.0f, 0.5f, 1.0f }) {
+        add("share " + std::to_string(share).substr(0, 3), RKV_POLICY_VALUE_AWARE, [&](rkv_case & c) { c.value_share = share; c.seed = 9; });
+    }
+    for (const int pool : { 1, 15 }) {
+        add("pool " + std::to_string(pool), RKV_POLICY_RPC, [&](rkv_case & c) { c.pool = pool; });
+    }
+    add("no memory", RKV_POLICY_GKV, [&](rkv_case & c) { c.memory = 0.0f; });
+    for (const bool neox : { false, true }) {
+        add(neox ? "rope half neox" : "rope half", RKV_POLICY_TRIATTENTION, [&](rkv_case & c) { c.neox = neox; c.n_rot = 32; c.mscale = 1.37f; });
+    }
+    for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_LATEST }) {
+        add("memory", policy, [&](rkv_case & c) { c.memory = 0.9f; });
+    }
+
     // sizes of real use
     for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
         for (const int policy : every) {
@@ -231,13 +380,14 @@ const std::vector<rkv_case> & rkv_cases() {
     return cases;
 }
 
+bool rkv_case_is_optional(const rkv_case & c) { return c.policy > RKV_POLICY_LATEST || c.memory > 0.0f; }
+
 rkv_op_params rkv_case_params(const rkv_case & c) {
     rkv_op_params p = {};
     p.policy      = c.policy;
     p.n_head_kv   = c.n_head_kv;
     p.window      = c.window;
     p.pool        = c.pool;
-    p.pin         = c.pin;
     p.n_sim       = c.n_sim;
     p.flags       = (c.reference ? RKV_FLAG_REFERENCE : 0) | (c.neox ? RKV_FLAG_ROPE_NEOX : 0);
     p.n_hadamard  = c.n_hadamard;
@@ -247,6 +397,12 @@ rkv_op_params rkv_case_params(const rkv_case & c) {
     p.scale       = 1.0f/std::sqrt((float) c.n_embd_k);
     p.softcap     = c.softcap;
     p.rope_mscale = c.mscale;
+    p.n_hadamard_v = c.n_hadamard_v;
+    p.chunk       = c.chunk;
+    p.layer       = c.layer;
+    p.seed        = c.seed;
+    p.memory      = c.memory;
+    p.value_share = c.value_share;
     return p;
 }
 
@@ -312,7 +468,7 @@ rkv_case_data rkv_case_inputs(const rkv_case & c) {
             d.new_pos[(size_t) i*d.n_new + j + job.shift] = next + j - job.old_end;
         }
         const int32_t column[RKV_JOB_N] = { job.stream, job.begin, job.old_end, job.end, job.keep, job.dst, job.shift,
-            (int32_t) (uint32_t) job.slots, (int32_t) (uint32_t) (job.slots >> 32) };
+            (int32_t) (uint32_t) job.slots, (int32_t) (uint32_t) (job.slots >> 32), c.pin };
         d.jobs.insert(d.jobs.end(), column, column + RKV_JOB_N);
     }
 
@@ -354,8 +510,28 @@ rkv_case_data rkv_case_inputs(const rkv_case & c) {
     }
 
     d.v.resize(ggml_row_size(c.type_v, c.n_embd_v)*c.n_head_kv*c.n_cells*c.n_stream);
-    for (auto & x : d.v) {
-        x = (uint8_t) rng(); // bytes are only moved
+    if (!rkv_needs_values(c.policy)) {
+        for (auto & x : d.v) {
+            x = (uint8_t) rng(); // bytes are only moved
+        }
+    }
+    for (int i = 0; rkv_needs_values(c.policy) && i < c.n_stream*c.n_cells*c.n_head_kv; ++i) {
+        const int h = i % c.n_head_kv, j = i/c.n_head_kv % c.n_cells, s = i/c.n_head_kv/c.n_cells;
+        std::vector<float> value(c.n_embd_v);
+        const float length = std::exp(normal(rng));
+        for (auto & x : value) {
+            x = length*normal(rng);
+        }
+        for (int e = 0; c.same_values && e < c.n_embd_v; ++e) {
+            value[e] = 0.25f*(e % 7);
+        }
+        const size_t stream = d.v.size()/c.n_stream, head = ggml_row_size(c.type_v, c.n_embd_v), el = ggml_type_size(c.type_v);
+        if (!c.v_trans) {
+            store(c.type_v, value, d.v.data() + s*stream + (size_t) (j*c.n_head_kv + h)*head);
+        }
+        for (int e = 0; c.v_trans && e < c.n_embd_v; ++e) {
+            store(c.type_v, { value[e] }, d.v.data() + s*stream + ((size_t) (h*c.n_embd_v + e)*c.n_cells + j)*el);
+        }
     }
 
     d.q.resize((size_t) c.n_embd_k*c.n_head_kv*c.n_group*(c.window + 1)*c.n_stream);
@@ -366,18 +542,39 @@ rkv_case_data rkv_case_inputs(const rkv_case & c) {
         }
     }
 
-    if (c.policy == RKV_POLICY_LATEST) {
-        d.aux.assign(d.pos.size()*c.n_aux, NAN); // new cells' floats hold nothing yet
+    const rkv_op_params par = rkv_case_params(c);
+    if (rkv_n_aux(&par) > 0) {
+        d.aux.assign(d.pos.size()*c.n_aux, c.policy == RKV_POLICY_GIVEN ? 0.0f : NAN); // new cells' floats hold nothing yet
         for (size_t i = 0; i < d.pos.size(); ++i) {
             float top = 0.9f;
-            for (int s = 0; d.pos[i] >= 0 && s < c.n_sim; ++s) {
+            const bool known = d.pos[i] >= 0 || c.policy == RKV_POLICY_GIVEN;
+            for (int s = 0; known && s < (c.policy == RKV_POLICY_LATEST ? c.n_sim : 1); ++s) {
                 top -= 0.001f*below(400);
                 d.aux[i*c.n_aux + s] = top;
             }
+            if (known && c.policy == RKV_POLICY_LATEST && c.memory > 0.0f) {
+                d.aux[i*c.n_aux + c.n_sim] = 0.0001f*below(400);
+            }
         }
-        if (c.n_rot > 0) {
-            const int32_t last_pos = *std::max_element(true_pos.begin(), true_pos.end());
-            d.rope = rkv_rope_table({ c.n_rot, 0, 10000.0f, 1.0f, 0.0f, c.mscale, 32.0f, 1.0f, nullptr }, last_pos + 1);
+    }
+    if (c.n_rot > 0 && rkv_needs_rope(c.policy)) {
+        const int32_t last_pos = *std::max_element(true_pos.begin(), true_pos.end());
+        const int32_t ahead    = c.policy == RKV_POLICY_TRIATTENTION ? 1 << (RKV_TRI_OFFSETS - 1) : 0;
+        d.rope = rkv_rope_table({ c.n_rot, 0, 10000.0f, 1.0f, 0.0f, c.mscale, 32.0f, 1.0f, nullptr }, last_pos + 1 + ahead);
+    }
+    const int64_t n_stats = rkv_n_stats(&par, c.n_embd_k);
+    if (n_stats > 0) {
+        for (int i = 0; i < c.n_stream*c.n_head_kv*c.n_group; ++i) {
+            for (int e = 0; e < n_stats; ++e) {
+                const float x = normal(rng);
+                d.stats.push_back(e == n_stats - 1 ? 24.0f : e < c.n_embd_k ? 0.3f*x : 1.0f + std::fabs(x));
+            }
+        }
+        for (const auto & job : c.jobs) {
+            const int last = true_pos[at_pos(job.end - 1, 0, job.stream)];
+            for (int slot = 0; slot < c.window; ++slot) {
+                d.q_pos.push_back(std::max(-1, last - ((last - slot) % c.window + c.window) % c.window));
+            }
         }
     }
     return d;
@@ -406,11 +603,28 @@ std::vector<ggml_tensor *> rkv_case_moved(ggml_context * ctx, const rkv_case & c
     return res;
 }
 
+ggml_tensor * rkv_case_score(ggml_context * ctx, const rkv_case & c, const rkv_case_tensors & t, ggml_tensor * pos) {
+    const rkv_op_params par = rkv_case_params(c);
+    ggml_tensor * z = ggml_rkv_score(ctx, t.k, t.q, t.jobs, pos, t.aux, t.rope, &par);
+    if (rkv_needs_values(c.policy)) {
+        const size_t el = ggml_type_size(t.v->type), line = el*c.n_cells, head = ggml_row_size(t.v->type, c.n_embd_v);
+        ggml_tensor * v = c.v_trans ?
+            ggml_view_4d(ctx, t.v, c.n_embd_v, c.n_cells, c.n_head_kv, c.n_stream, el, line*c.n_embd_v, t.v->nb[2], 0) :
+            ggml_view_4d(ctx, t.v, c.n_embd_v, c.n_cells, c.n_head_kv, c.n_stream, t.v->nb[1], head, t.v->nb[2], 0);
+        v->nb[0] = c.v_trans ? line : el;
+        ggml_rkv_score_add_values(z, v);
+    }
+    if (t.stats) {
+        ggml_rkv_score_add_stats(z, t.stats, t.q_pos);
+    }
+    return z;
+}
+
 void rkv_case_build(ggml_context * ctx, ggml_cgraph * gf, const rkv_case & c, const rkv_case_data & d, rkv_case_tensors & t) {
     const rkv_op_params par = rkv_case_params(c);
     ggml_tensor * pos = ggml_rkv_positions(ctx, t.pos, t.new_pos, t.jobs, &par);
     ggml_build_forward_expand(gf, pos);
-    t.score = ggml_rkv_score (ctx, t.k, t.q, t.jobs, pos, t.aux, t.rope, &par);
+    t.score = rkv_case_score(ctx, c, t, pos);
     t.idx   = ggml_rkv_select(ctx, t.score, t.jobs, d.n_keep_max, &par);
     ggml_build_forward_expand(gf, t.idx);
     for (ggml_tensor * view : rkv_case_moved(ctx, c, t)) {
@@ -433,6 +647,8 @@ void rkv_case_set(const rkv_case_tensors & t, const rkv_case_data & d) {
     set(t.jobs, d.jobs);
     set(t.aux, d.aux);
     set(t.rope, d.rope);
+    set(t.stats, d.stats);
+    set(t.q_pos, d.q_pos);
 }
 
 rkv_case_result rkv_case_run(ggml_backend_t backend, const rkv_case & c, const rkv_case_data & d, const rkv_case_builder & build) {
@@ -454,6 +670,11 @@ rkv_case_result rkv_case_run(ggml_backend_t backend, const rkv_case & c, const r
     }
     if (!d.rope.empty()) {
         t.rope = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, c.n_rot, d.rope.size()/c.n_rot);
+    }
+    if (!d.stats.empty()) {
+        const int64_t n_head = c.n_head_kv*c.n_group;
+        t.stats = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d.stats.size()/n_head/c.n_stream, n_head, c.n_stream);
+        t.q_pos = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, c.window, c.jobs.size());
     }
     build(ctx.get(), gf, c, d, t);
 
@@ -481,6 +702,7 @@ rkv_case_result rkv_case_run(ggml_backend_t backend, const rkv_case & c, const r
     rkv_case_get(t.v, r.v);
     rkv_case_get(t.pos, r.pos);
     rkv_case_get(t.aux, r.aux);
+    rkv_case_get(t.stats, r.stats);
     return r;
 }
 
@@ -523,12 +745,17 @@ static std::string compare_rows(const rkv_case & c, const rkv_case_job & job, co
 
 static std::string compare_scores(const rkv_case & c, const rkv_case_job & job, const float * want, const float * got) {
     const int n_cand = job.end - job.begin - c.window;
+    // what is kept in any case lies far above, and is compared by itself
+    const auto above = [&](int j) {
+        return (c.policy == RKV_POLICY_VALUE_AWARE && want[j] == RKV_KEPT_SCORE) || (c.policy == RKV_POLICY_LAGKV && want[j] >= 2.0f);
+    };
     float top = 0.0f;
     for (int j = 0; j < n_cand; ++j) {
-        top = std::max(top, std::fabs(want[j]));
+        top = std::max(top, above(j) ? 0.0f : std::fabs(want[j]));
     }
     for (int j = 0; j < n_cand; ++j) {
-        const bool same = std::isnan(want[j]) ? std::isnan(got[j]) : std::fabs(want[j] - got[j]) <= 2e-5f*top;
+        const bool same = std::isnan(want[j]) ? std::isnan(got[j]) :
+            std::fabs(want[j] - got[j]) <= (above(j) ? 5e-7f*want[j] : 2e-5f*top);
         if (!same) {
             return text("score %d is %.9g, not %.9g", j, got[j], want[j]);
         }
@@ -614,15 +841,22 @@ std::string rkv_case_compare(const rkv_case & c, const rkv_case_data & d, const 
                     a[ra] < b[rb] ? ++ra : ++rb;
                     continue;
                 }
-                for (int s = 0; s < c.n_sim; ++s) {
+                const rkv_op_params par = rkv_case_params(c);
+                for (int s = 0; s < rkv_n_aux(&par); ++s) {
                     const float x = want.aux[(base + ra)*c.n_aux + s], y = got.aux[(base + rb)*c.n_aux + s];
                     if (!(std::fabs(x - y) <= 1e-5f || (std::isnan(x) && std::isnan(y)))) {
-                        return text("job %zu head %d: similarity %d of row %d is %.9g, not %.9g", i, h, s, a[ra], y, x);
+                        return text("job %zu head %d: float %d of row %d is %.9g, not %.9g", i, h, s, a[ra], y, x);
                     }
                 }
                 ++ra;
                 ++rb;
             }
+        }
+    }
+    for (size_t i = 0; i < d.stats.size(); ++i) {
+        const float x = want.stats[i], y = got.stats.size() == d.stats.size() ? got.stats[i] : NAN;
+        if (!(std::fabs(x - y) <= 1e-4f*std::max(1.0f, std::fabs(x)))) {
+            return text("statistic %zu is %.9g, not %.9g", i, y, x);
         }
     }
     const size_t stream = d.aux.size()/c.n_stream;

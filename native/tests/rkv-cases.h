@@ -25,16 +25,21 @@ struct rkv_case {
     int n_head_kv = 2, n_group = 3;
     int n_cells = 160, n_stream = 3;
     int window = 8, pool = 7, pin = 4;
-    int n_sim = 1, n_aux = 1; // of `latest`
+    int n_sim = 1, n_aux = 1; // of `latest`; others have as many as they need
+    int chunk = 10, layer = 5;
+    uint32_t seed = 0;
     int n_rot = 0;
-    int n_hadamard = 0;
+    int n_hadamard = 0, n_hadamard_v = 0;
     bool  neox = false, v_trans = false, reference = false;
     bool  nan_key = false; // one head of the first job holds a NaN
-    float mscale = 1.0f, lambda = 0.1f, threshold = 0.5f, softcap = 0.0f;
+    bool  same_values = false; // in all cells
+    float mscale = 1.0f, lambda = 0.1f, threshold = 0.5f, softcap = 0.0f, memory = 0.0f, value_share = 0.1f;
     std::vector<rkv_case_job> jobs;
 };
 
 const std::vector<rkv_case> & rkv_cases();
+// a policy, or a memory, that only the CPU has to know: other backends know it or refuse it
+bool rkv_case_is_optional(const rkv_case & c);
 rkv_op_params rkv_case_params(const rkv_case & c);
 
 // inputs, as the tensors hold them; the same on every call
@@ -44,8 +49,10 @@ struct rkv_case_data {
     std::vector<int32_t> pos;     // [n_cells, n_head_kv, n_stream]
     std::vector<int32_t> new_pos; // [n_new, n_jobs]
     std::vector<int32_t> jobs;    // [RKV_JOB_N, n_jobs]
-    std::vector<float>   aux;     // [n_aux, n_cells, n_head_kv, n_stream], empty unless the policy is `latest`
+    std::vector<float>   aux;     // [n_aux, n_cells, n_head_kv, n_stream], empty where the policy stores none
     std::vector<float>   rope;    // [n_rot, ..], empty where it is not needed
+    std::vector<float>   stats;   // triattention: [n_stats, n_head, n_stream]
+    std::vector<int32_t> q_pos;   // and [window, n_jobs]
     int n_new = 0;
     int n_keep_max = 0;
 };
@@ -59,12 +66,12 @@ struct rkv_case_result {
     std::vector<int32_t> idx;   // [n_keep_max, n_head_kv, n_jobs]
     std::vector<uint8_t> k, v;
     std::vector<int32_t> pos;
-    std::vector<float>   aux;
+    std::vector<float>   aux, stats;
 };
 
 struct rkv_case_tensors {
     ggml_tensor * k = nullptr, * v = nullptr, * q = nullptr, * pos = nullptr, * new_pos = nullptr, * jobs = nullptr,
-                * aux = nullptr, * rope = nullptr; // v, aux, rope: may be NULL
+                * aux = nullptr, * rope = nullptr, * stats = nullptr, * q_pos = nullptr; // from v on: may be NULL but pos, new_pos, jobs
     ggml_tensor * score = nullptr, * idx = nullptr; // set by the builder; score may stay NULL
 };
 
@@ -77,6 +84,9 @@ void rkv_case_get(const ggml_tensor * x, std::vector<T> & data) { // a tensor th
 }
 
 void rkv_case_set(const rkv_case_tensors & t, const rkv_case_data & d); // inputs; tensors that are NULL are left out
+
+// the SCORE node, with all its sources; pos as it is after POSITIONS
+ggml_tensor * rkv_case_score(ggml_context * ctx, const rkv_case & c, const rkv_case_tensors & t, ggml_tensor * pos);
 
 // what moves: views [unit, n_cells, lines, n_stream]
 std::vector<ggml_tensor *> rkv_case_moved(ggml_context * ctx, const rkv_case & c, const rkv_case_tensors & t);

@@ -34,6 +34,10 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
     if (!d.aux.empty()) {
         t.aux = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, c.n_aux, c.n_cells, c.n_head_kv, c.n_stream);
     }
+    if (!d.stats.empty()) {
+        const int64_t n_head = c.n_head_kv*c.n_group;
+        t.stats = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, d.stats.size()/n_head/c.n_stream, n_head, c.n_stream);
+    }
     ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors(ctx.get(), home) };
     if (!buf) {
         r.error = "out of memory";
@@ -41,7 +45,8 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
     }
     rkv_case_set(t, d);
 
-    const rkv_generic_layer layer = { t.k, t.q, t.pos, t.aux, d.rope.empty() ? nullptr : &d.rope, rkv_case_params(c) };
+    rkv_generic_layer layer = { t.k, t.q, t.pos, t.aux, d.rope.empty() ? nullptr : &d.rope, rkv_case_params(c), nullptr,
+        rkv_needs_values(c.policy) ? t.v : nullptr, c.v_trans, c.n_embd_v, t.stats, {} };
     const auto views = [&](ggml_context * in) { return rkv_case_moved(in, c, t); };
     if (!rkv_generic::check(ggml_backend_get_device(home), views)) {
         r.error = "the device does not copy";
@@ -51,6 +56,9 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
     r.idx.assign(want.idx.size(), -1);
     for (size_t i = 0; i < c.jobs.size(); ++i) {
         rkv_generic_result res;
+        if (t.stats) {
+            layer.q_pos.assign(d.q_pos.begin() + i*c.window, d.q_pos.begin() + (i + 1)*c.window);
+        }
         if (!generic.pass(home, layer, d.jobs.data() + i*RKV_JOB_N, d.new_pos.data() + i*d.n_new, views, &res)) {
             r.error = "failed to compute";
             return r;
@@ -69,6 +77,7 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
     rkv_case_get(t.v, r.v);
     rkv_case_get(t.pos, r.pos);
     rkv_case_get(t.aux, r.aux);
+    rkv_case_get(t.stats, r.stats);
     return r;
 }
 

@@ -161,7 +161,7 @@ static void test_select() {
     rkv_op_params par = {};
     par.n_head_kv = n_head;
     par.window    = 4;
-    par.pin       = 3;
+    const int pin = 3;
     ggml_tensor * idx = ggml_rkv_select(b.ctx.get(), z, jobs, n_keep, &par);
     ggml_build_forward_expand(b.gf, idx);
     b.alloc();
@@ -174,6 +174,7 @@ static void test_select() {
     job[RKV_JOB_BEGIN] = begin;
     job[RKV_JOB_END]   = begin + n;
     job[RKV_JOB_KEEP]  = n_keep;
+    job[RKV_JOB_PIN]   = pin;
     ggml_backend_tensor_set(z,    score.data(), 0, ggml_nbytes(z));
     ggml_backend_tensor_set(jobs, job, 0, sizeof(job));
     CHECK(b.run(), "compute");
@@ -182,10 +183,10 @@ static void test_select() {
 
     for (int h = 0; h < n_head; ++h) {
         std::vector<int32_t> want;
-        for (int j = 0; j < par.pin; ++j) {
+        for (int j = 0; j < pin; ++j) {
             want.push_back(begin + j);
         }
-        for (int i = 0, j = h == 0 ? 3 : 4; i < n_keep - par.window - par.pin; ++i, j += h == 0 ? 1 : 2) {
+        for (int i = 0, j = h == 0 ? 3 : 4; i < n_keep - par.window - pin; ++i, j += h == 0 ? 1 : 2) {
             want.push_back(begin + j);
         }
         for (int j = n - par.window; j < n; ++j) {
@@ -210,6 +211,8 @@ static std::vector<float> scores(int policy, int n_threads, const std::vector<fl
     par.window = window;
     par.pool   = 7;
     par.n_sim  = 2;
+    par.chunk  = 10;
+    par.memory = policy == RKV_POLICY_GKV ? 0.8f : 0.0f;
     par.lambda = 0.1f;
     par.threshold = 0.1f;
     par.scale  = 0.1f;
@@ -247,7 +250,8 @@ int main() {
     test_select();
 
     const auto keys = random_floats(80*3*150), queries = random_floats(80*3*2*7);
-    for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_STREAMING, RKV_POLICY_LATEST }) {
+    for (const int policy : { RKV_POLICY_RKV, RKV_POLICY_SNAPKV, RKV_POLICY_STREAMING, RKV_POLICY_LATEST, RKV_POLICY_H2O, RKV_POLICY_GKV,
+            RKV_POLICY_RPC, RKV_POLICY_CHUNKKV, RKV_POLICY_KEYDIFF }) {
         const auto one = scores(policy, 1, keys, queries);
         for (const int n_threads : { 2, 3, 7 }) {
             const auto many = scores(policy, n_threads, keys, queries);

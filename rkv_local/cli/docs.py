@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from rkv_local.cli.main import COMMANDS, main
+from rkv_local.cli.main import main
 
 BLOCK = re.compile(r"(<!-- help: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH = 100
@@ -21,13 +21,13 @@ def help_text(command: str) -> str:
     """What `command --help` prints; the first word is rkv-local."""
     settings = {**main.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
     context = click.Context(main, info_name="rkv-local", **settings)
-    words = command.split()[1:]
-    if not words:
-        return main.get_help(context)
-    found = main.get_command(context, words[0])
-    if found is None:
-        raise ValueError(f"{command!r} is none of {', '.join(COMMANDS)}")
-    return found.get_help(click.Context(found, context, words[0], **settings))
+    found: click.Command | None = main
+    for word in command.split()[1:]:
+        found = found.get_command(context, word) if isinstance(found, click.Group) else None
+        if found is None:
+            raise ValueError(f"{command!r}: {word!r} is no command")
+        context = click.Context(found, context, word, **settings)
+    return context.command.get_help(context)
 
 
 def renewed(text: str) -> str:

@@ -21,6 +21,7 @@ COMMANDS = {
     "fit": "fit",
     "devices": "devices",
     "bench": "bench",
+    "eval": "eval",
     "inspect": "inspect",
     "calibrate": "calibrate",
 }

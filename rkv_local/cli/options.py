@@ -109,6 +109,7 @@ def budget_of(values: dict[str, Any], batch: int | None = None) -> KVBudget | No
             lam=values["kv_lambda"],
             pin=values["kv_pin"],
             layer_budgets=values["kv_layer_budgets"],
+            seed=values["kv_seed"],
             batch=batch,
         )
     except ValueError as err:

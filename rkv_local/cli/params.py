@@ -61,6 +61,16 @@ class LayerBudgets(click.ParamType):
             )
 
 
+class Pin(click.ParamType):
+    """A number of tokens, or the prompt."""
+
+    name = "n|prompt"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number, or 'prompt'."""
+        return "prompt" if value == "prompt" else int(click.IntRange(min=0).convert(value, param, ctx))
+
+
 class GpuLayers(click.ParamType):
     """llama.cpp's -ngl: a number, all or auto."""
 
@@ -175,9 +185,24 @@ def cache_options(policy: str = "rkv", budget: int = 1024) -> Decorator:
         opt("--kv-policy", policies, PolicyParam(), policy, "POLICY", callback=list_policies, is_eager=True),
         opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, budget),
         opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
-        opt("--kv-pin", "First tokens that are never evicted.", AT_LEAST_0, 4),
-        opt("--kv-window", "Last tokens, always kept, whose queries judge importance.", AT_LEAST_1, 8),
-        opt("--kv-lambda", "Weight of importance against redundancy.", SHARE, 0.1, "X"),
+        opt(
+            "--kv-pin",
+            "First tokens that are never evicted; prompt: the first prompt (default: 4; rpc: prompt).",
+            Pin(),
+            metavar="N|prompt",
+        ),
+        opt(
+            "--kv-window",
+            "Last tokens, always kept, whose queries judge importance (default: 8; rpc: 32).",
+            AT_LEAST_1,
+        ),
+        opt(
+            "--kv-lambda",
+            "Weight of importance against redundancy (default: 0.1; gkv: 0.5).",
+            SHARE,
+            metavar="X",
+        ),
+        opt("--kv-seed", "Of what value-aware samples.", click.IntRange(0, 2**32 - 1), 0),
         opt(
             "--kv-layer-budgets",
             "uniform, pyramid, calibrated (by `rkv-local calibrate`), a calibration's FILE.json, or N,N,...: "

@@ -49,7 +49,7 @@ class KvReport:
     policy: str
     budget: int | None
     buffer: int | None
-    pin: int | None
+    pin: int | str | None
     cells: int
     bytes: int
     compactions: int

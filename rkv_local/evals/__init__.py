@@ -1,1 +1,4 @@
-"""Does a compressed cache keep the answers right? Problems, runs and reports."""
+"""What a budget does to answers: tasks, runs that can be resumed, results, and the report made of them.
+
+Modules are imported where they are needed: `decode` and `model` load the native library, the others don't.
+"""

@@ -60,11 +60,9 @@ def invoke(*args: str, stdin: str | bytes | None = None) -> click.testing.Result
 
 def one_thread(args: Sequence[str]) -> list[str]:
     """The models are tiny, and other tests may want the other cores."""
-    return (
-        [*args, "-t", "1"]
-        if args and args[0] in ("run", "chat", "bench", "inspect", "calibrate") and "-t" not in args
-        else list(args)
-    )
+    loads = args[:1] if args[:1] != ("eval",) else args[1:2]
+    wanted = {"run", "chat", "bench", "inspect", "calibrate", "reason", "jsonl", "needles", "kl"} & set(loads)
+    return [*args, "-t", "1"] if wanted and "-t" not in args else list(args)
 
 
 def environment(**more: str) -> dict[str, str]:

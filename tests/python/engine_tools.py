@@ -29,7 +29,18 @@ _logger.set_verbose(False)  # errors only
 # For the default model; 1 is faster on a machine that is busy with other things.
 THREADS = int(os.environ.get("RKV_TEST_THREADS", min(2, os.cpu_count() or 1)))
 
-POLICY = {"none": 0, "rkv": 1, "snapkv": 2, "streaming": 3, "latest": 4}
+POLICY = {
+    "none": 0,
+    "rkv": 1,
+    "snapkv": 2,
+    "streaming": 3,
+    "latest": 4,
+    "h2o": 5,
+    "gkv": 6,
+    "rpc": 7,
+    "chunkkv": 8,
+}
+POLICY |= {"value-aware": 9, "keydiff": 10, "lagkv": 11, "triattention": 12, "given": 13}
 GGML_TYPE = {
     "f32": 0,
     "f16": 1,
@@ -54,6 +65,12 @@ class RkvParams(ctypes.Structure):
         ("lambda_", c_float),
         ("threshold", c_float),
         ("n_sim", c_uint32),
+        ("memory", c_float),
+        ("chunk", c_uint32),
+        ("growth", c_uint32),
+        ("value_share", c_float),
+        ("seed", c_uint32),
+        ("shared_heads", c_bool),
         ("reference", c_bool),
         ("n_batch_seq", c_uint32),
         ("layer_budgets", POINTER(c_uint32)),
@@ -90,13 +107,18 @@ class RkvLayer(ctypes.Structure):
 class RkvSelectArgs(ctypes.Structure):
     _fields_ = [
         ("params", RkvParams),
-        *[(x, c_int32) for x in ("n", "n_head_kv", "n_head", "n_embd_head", "n_old", "n_threads", "type_k")],
+        *[(x, c_int32) for x in ("layer", "n", "n_head_kv", "n_head", "n_embd_head", "n_old", "n_threads")],
+        ("type_k", c_int32),
         ("scale", c_float),
         ("softcap", c_float),
         ("k", c_void_p),
         ("q", c_void_p),
         ("pos", c_void_p),
+        ("v", c_void_p),
+        ("n_embd_head_v", c_int32),
+        ("type_v", c_int32),
         ("aux", c_void_p),
+        ("stats", c_void_p),
         *[(x, c_int32) for x in ("rope_n_rot", "rope_neox", "rope_n_ctx_orig")],
         *[(f"rope_{x}", c_float) for x in ("freq_base", "freq_scale", "ext_factor", "attn_factor")],
         ("rope_beta_fast", c_float),
@@ -130,6 +152,8 @@ rkv_init_from_model = _function(
 rkv_get_stats = _function("rkv_get_stats", RkvStats, c_void_p)
 rkv_seq_used = _function("rkv_seq_used", c_int32, c_void_p, c_int32)
 rkv_seq_compact = _function("rkv_seq_compact", c_bool, c_void_p, c_int32)
+rkv_seq_pin = _function("rkv_seq_pin", c_bool, c_void_p, c_int32, c_uint32)
+rkv_seq_set_scores = _function("rkv_seq_set_scores", c_bool, *_row)
 rkv_get_positions = _function("rkv_get_positions", c_int32, *_row)
 rkv_get_keys = _function("rkv_get_keys", c_int32, *_row)
 rkv_get_keys_unrotated = _function("rkv_get_keys_unrotated", c_int32, *_row)
@@ -149,11 +173,20 @@ def last_error() -> str:
     return str(rkv_last_error().decode())
 
 
-def params(spec: ref.Spec, buffer: int = 16, batch: int = 0, layer_budgets: Sequence[int] = ()) -> RkvParams:
+def params(
+    spec: ref.Spec,
+    buffer: int = 16,
+    batch: int = 0,
+    layer_budgets: Sequence[int] = (),
+    growth: int = 1,
+    shared_heads: bool = False,
+) -> RkvParams:
     out: RkvParams = rkv_default_params()
     out.policy, out.budget, out.buffer = POLICY[spec.policy], spec.budget, buffer
     out.window, out.pin, out.pool, out.n_sim = spec.window, spec.pin, spec.pool, spec.n_sim
     out.lambda_, out.threshold, out.reference = spec.lam, spec.threshold, spec.reference
+    out.growth, out.shared_heads = growth, shared_heads
+    out.memory, out.chunk, out.value_share, out.seed = spec.memory, spec.chunk, spec.value_share, spec.seed
     out.n_batch_seq = batch
     if layer_budgets:
         out.layer_budgets = (c_uint32 * len(layer_budgets))(*layer_budgets)
@@ -178,6 +211,7 @@ class NativeSelection:
     kept: NDArray[np.int32]  # [n_head_kv, min(budget, n)]
     score: NDArray[np.float32]  # [n_head_kv, n]
     aux: NDArray[np.float32]
+    stats: NDArray[np.float32]
 
 
 def _address(x: NDArray[Any] | None) -> int | None:
@@ -206,6 +240,9 @@ def native_select(
     n_threads: int = 1,
     type_k: str | int = "f32",
     missing: str = "",
+    v: NDArray[np.float32] | None = None,
+    stats: NDArray[np.floating] | None = None,
+    type_v: str = "f32",
     **overrides: int,
 ) -> NativeSelection:
     """rkv_select. `missing` passes NULL for one array, `overrides` sets raw fields (bad arguments)."""
@@ -213,12 +250,17 @@ def native_select(
     k, q = np.ascontiguousarray(k, np.float32), np.ascontiguousarray(q, np.float32)
     args, alive = select_args(spec, k, spec.rope)
     if aux is None:
-        aux = ref.empty_aux(spec.n_sim, n, n_head_kv)
+        aux = ref.empty_aux(spec.n_aux, n, n_head_kv)
+    stats = np.zeros((q.shape[1], spec.n_stats(k.shape[2]))) if stats is None else stats
+    stats = np.array(stats, np.float32, order="C")
+    v = None if v is None else np.ascontiguousarray(v, np.float32)
     aux = np.array(aux, np.float32, order="C")
     pos = None if pos is None else np.ascontiguousarray(pos, np.int32)
     args.n_head, args.n_old, args.n_threads = q.shape[1], n_old, n_threads
     args.type_k = type_k if isinstance(type_k, int) else GGML_TYPE[type_k]
     args.q, args.pos, args.aux = _address(q), _address(pos), _address(aux)
+    args.v, args.stats, args.layer = _address(v), _address(stats), spec.layer
+    args.n_embd_head_v, args.type_v = 0 if v is None else v.shape[2], GGML_TYPE[type_v]
     for name, value in overrides.items():
         setattr(args, name, value)
     if missing and missing != "idx":
@@ -229,7 +271,7 @@ def native_select(
     del alive
     if status != 0:
         raise NativeError(last_error())
-    return NativeSelection(idx, score, aux)
+    return NativeSelection(idx, score, aux, stats)
 
 
 def native_unrotate(k: NDArray[np.float32], pos: NDArray[np.int32], rope: ref.Rope) -> NDArray[np.float32]:
@@ -292,6 +334,8 @@ class Options:
     type_v: str = "f32"
     n_threads: int = 1  # enough for the tiny models, and faster
     swa_full: bool = False
+    growth: int = 1
+    shared_heads: bool = False
 
 
 class Context:
@@ -312,7 +356,10 @@ class Context:
         if options.spec.policy == "none":
             self.ctx = llama_cpp.llama_init_from_model(model.model, c)
         else:
-            p = params(options.spec, options.buffer, options.batch, options.layer_budgets)
+            shared = options.shared_heads
+            p = params(
+                options.spec, options.buffer, options.batch, options.layer_budgets, options.growth, shared
+            )
             self.ctx = rkv_init_from_model(model.model, c, byref(p))
         if not self.ctx:
             raise NativeError(last_error())
@@ -393,6 +440,13 @@ class Context:
     def compact(self, seq: int = 0) -> bool:
         return bool(rkv_seq_compact(self.ctx, seq))
 
+    def pin(self, n: int, seq: int = 0) -> bool:
+        return bool(rkv_seq_pin(self.ctx, seq, n))
+
+    def give(self, layer: int, head: int, z: NDArray[np.floating], seq: int = 0) -> bool:
+        z = np.ascontiguousarray(z, np.float32)
+        return bool(rkv_seq_set_scores(self.ctx, seq, layer, head, z.ctypes.data, len(z)))
+
     def _read(
         self, function: Callable[..., int], *where: int, width: tuple[int, ...], dtype: type
     ) -> NDArray[Any]:
@@ -423,7 +477,7 @@ class Context:
         return np.stack([self.positions(layer, h, seq) for h in range(self.layers[layer].n_head_kv)], 1)
 
     def stored(self, layer: int, n_sim: int, seq: int = 0) -> NDArray[np.float32]:
-        """[n_sim, n, n_head_kv] floats of `latest`"""
+        """[n_sim, n, n_head_kv]: the first n_sim floats that are stored with each cell"""
         heads, slots = range(self.layers[layer].n_head_kv), range(n_sim)
         rows = [
             [self._read(rkv_get_scores, seq, layer, h, s, width=(), dtype=np.float32) for h in heads]

@@ -47,11 +47,26 @@ class Spec:
     lam: float = 0.1
     threshold: float = 0.5
     n_sim: int = 1
+    memory: float = 0.0
+    chunk: int = 10
+    value_share: float = 0.1
+    seed: int = 0
+    layer: int = 0
     reference: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     sinks: NDArray[np.float32] | None = None  # [n_head]
     rope: Rope = field(default_factory=Rope)
+
+    @property
+    def n_aux(self) -> int:
+        """Floats stored with a cell."""
+        own = {"latest": self.n_sim, "h2o": 1, "gkv": 1, "given": 1}.get(self.policy, 0)
+        return own + (self.memory > 0 and self.policy in ("rkv", "snapkv", "latest"))
+
+    def n_stats(self, d: int) -> int:
+        """Floats stored with a query head of a layer."""
+        return d + d // 2 + 1 if self.policy == "triattention" else 0
 
 
 # --- importance and redundancy --------------------------------------------------------------------
@@ -249,6 +264,7 @@ class Selection:
     kept: list[Ints]  # per KV head, ascending rows
     score: Floats  # [n_head_kv, n - window]; empty if all was kept
     aux: Floats | None  # updated, before the gather
+    stats: Floats | None = None  # triattention's, updated
 
 
 def select(
@@ -258,30 +274,46 @@ def select(
     pos: Ints | None = None,
     aux: Floats | None = None,
     n_old: int = 0,
+    v: Floats | None = None,
+    stats: Floats | None = None,
 ) -> Selection:
     """Rows kept by each KV head. n <= budget keeps everything."""
+    import reference_policies as others
+
     n, n_head_kv, _ = k.shape
-    new_aux = None
+    past = n - spec.window
+    similar = stored = new_stats = None
     if spec.policy == "latest":
         assert pos is not None
-        before = empty_aux(spec.n_sim, n, n_head_kv) if aux is None else aux
-        new_aux = latest_update(k, pos, before, n_old, spec.rope)
-    if n <= spec.budget:
-        return Selection([np.arange(n)] * n_head_kv, np.empty((n_head_kv, 0)), new_aux)
-    past = n - spec.window
+        before = empty_aux(spec.n_sim, n, n_head_kv) if aux is None else aux[: spec.n_sim]
+        similar = latest_update(k, pos, before, n_old, spec.rope)
+    if past <= 0:
+        return Selection([np.arange(n)] * n_head_kv, np.empty((n_head_kv, 0)), similar)
+    cells = others.Cells(
+        k, q, v, np.zeros((n, n_head_kv), int) if pos is None else pos, aux, stats, n_old, min(n, spec.budget)
+    )
     if spec.policy == "streaming":
         z = np.tile(np.arange(past, dtype=np.float64), (n_head_kv, 1))
-    else:
+    elif spec.policy in others.SCORES:
+        scored = others.SCORES[spec.policy](cells, spec)
+        z, stored, new_stats = scored.z, scored.aux, scored.stats
+    elif spec.policy in ("rkv", "snapkv", "latest"):
         z = importance(k, q, spec)
+        if spec.memory > 0:
+            z, kept = others.remembered(z, cells.slot(spec.n_aux - 1), n_old, spec.memory)
+            stored = kept.T[None]
         if spec.policy == "rkv":
             z = spec.lam * z - (1 - spec.lam) * redundancy(k, spec)[:, :past]
-        elif spec.policy == "latest":
-            assert new_aux is not None
-            late = new_aux.mean(axis=0).T[:, :past]
+        elif similar is not None:
+            late = similar.mean(axis=0).T[:, :past]
             z = spec.lam * z / z.max(axis=-1, keepdims=True) - (1 - spec.lam) * late
-        elif spec.policy != "snapkv":
-            raise ValueError(f"no such policy: {spec.policy}")
-    return Selection([top_rows(row, n, spec) for row in z], z, new_aux)
+    else:
+        raise ValueError(f"no such policy: {spec.policy}")
+    parts = [x for x in (similar, stored) if x is not None]
+    new_aux = np.concatenate(parts) if parts else None
+    if n <= spec.budget:
+        return Selection([np.arange(n)] * n_head_kv, np.empty((n_head_kv, 0)), new_aux, new_stats)
+    return Selection([top_rows(row, n, spec) for row in z], z, new_aux, new_stats)
 
 
 def top_rows(z: Floats, n: int, spec: Spec) -> Ints:
@@ -312,6 +344,8 @@ def check_kept(
     n_old: int = 0,
     rel: float = 1e-5,
     tally: Tally | None = None,
+    v: Floats | None = None,
+    stats: Floats | None = None,
 ) -> Selection:
     """Assert that `kept` is what `select` keeps, but for rows with scores within `rel` of the boundary.
 
@@ -319,7 +353,7 @@ def check_kept(
     compared with thresholds 2e-6 lower and higher too. Both kinds count as near-ties in `tally`.
     """
     tally = tally if tally is not None else Tally()
-    right = select(k, q, spec, pos, aux, n_old)
+    right = select(k, q, spec, pos, aux, n_old, v, stats)
     nudged: list[Selection] = []
     for h, rows in enumerate(right.kept):
         tally.heads += 1
@@ -329,7 +363,7 @@ def check_kept(
         if np.array_equal(got, rows):
             continue
         complaint = _boundary_complaint(got, rows, right.score[h], spec, rel)
-        if complaint and spec.policy == "rkv":
+        if complaint and spec.policy in ("rkv", "gkv"):
             if not nudged:
                 nudged = [
                     select(k, q, replace(spec, threshold=spec.threshold + e), pos, aux, n_old)
@@ -342,6 +376,10 @@ def check_kept(
     return right
 
 
+# scores around 0 are differences of numbers of this size
+SIZE = {"keydiff": 0.5, "triattention": 5.0, "value-aware": 10.0}
+
+
 def _boundary_complaint(got: Ints, rows: Ints, z: Floats, spec: Spec, rel: float) -> str:
     """Why `got` is no near-tie of `rows` under scores z; "" if it is one."""
     extra, lost = np.setdiff1d(got, rows), np.setdiff1d(rows, got)
@@ -351,6 +389,6 @@ def _boundary_complaint(got: Ints, rows: Ints, z: Floats, spec: Spec, rel: float
     if extra.size == 0:
         return ""
     worst, best = z[extra].min(), z[lost].max()
-    if best - worst > rel * max(abs(best), abs(worst)):
+    if best - worst > rel * max(abs(best), abs(worst), SIZE.get(spec.policy, 0.0)):
         return f"kept {extra} (z {z[extra]}) instead of {lost} (z {z[lost]})"
     return ""

@@ -56,8 +56,8 @@ def contents(context: Context, seq: int) -> list[NDArray[Any]]:
     for layer in range(context.model.n_layer):
         out += [context.all_positions(layer, seq), context.queries(layer, seq)]
         out += [context.per_head(what, layer, seq) for what in ("keys", "values")]
-        if spec.policy == "latest":
-            out.append(context.stored(layer, spec.n_sim, seq))
+        if spec.n_aux > 0:
+            out.append(context.stored(layer, spec.n_aux, seq))
     return out
 
 
@@ -87,7 +87,7 @@ def sealed_parts(data: bytes, seq: int, window: int) -> Iterator[tuple[int, int]
     at += 4
     for _ in range(max(1, n_seq)):
         first, end = struct.unpack_from("<II", data, at)
-        size = 8 if end == 0 else 8 + 12 + 4 * window + 4 * (end - first)
+        size = 8 if end == 0 else 8 + 20 + 4 * window + 4 * (end - first)
         yield at, at + size
         at += size + 4
         if end > 0:  # its data ends where a checksum is right

@@ -60,8 +60,7 @@ BAD = [
     ("buffer", 1.0),
     ("window", 0),
     ("window", 65),
-    ("window", None),
-    ("policy", "h2o"),
+    ("policy", "fifo"),
     ("policy", ""),
     ("policy", None),
     ("policy", ["rkv"]),
@@ -69,11 +68,19 @@ BAD = [
     ("lam", 1.01),
     ("lam", math.nan),
     ("lam", "0.1"),
-    ("lam", None),
     ("lam", True),
     ("pin", -1),
     ("pin", 1016),  # leaves none to choose: 1024 - 8 - 1 is the most
     ("pin", 4.0),
+    ("pin", "all"),
+    ("memory", 1.5),
+    ("chunk", 0),
+    ("chunk", 4097),
+    ("growth", 0),
+    ("value_share", -0.5),
+    ("seed", -1),
+    ("seed", 2**32),
+    ("shared_heads", 1),
     ("pool", 0),
     ("pool", 8),
     ("pool", -7),
@@ -127,7 +134,10 @@ def test_limits_are_allowed(values: dict[str, Any]) -> None:
 
 
 def test_every_policy_and_schedule_is_described() -> None:
-    assert list(POLICIES) == ["none", "rkv", "snapkv", "streaming", "latest"]  # enum rkv_policy's order
+    assert list(POLICIES) == [  # enum rkv_policy's order
+        *("none", "rkv", "snapkv", "streaming", "latest", "h2o", "gkv", "rpc", "chunkkv", "value-aware"),
+        *("keydiff", "lagkv", "triattention", "given"),
+    ]
     assert all(KVBudget(policy=p).active == (p != "none") for p in POLICIES)
     assert all("\n" not in text and len(text) > 20 for text in (*POLICIES.values(), *SCHEDULES.values()))
 

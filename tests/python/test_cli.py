@@ -15,6 +15,7 @@ import rkv_local
 from cli_tools import COMMAND, ROOT, environment, error_line, invoke
 from rkv_local import models
 from rkv_local.cli import docs, options
+from rkv_local.cli.eval import eval as evaluations
 from rkv_local.cli.main import COMMANDS
 from rkv_local.cli.run import sort_words
 
@@ -22,8 +23,7 @@ from rkv_local.cli.run import sort_words
 def test_help_lists_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    listed = ["run", "chat", "fit", "devices", "bench", "inspect", "calibrate"]
-    assert [name for name in COMMANDS if name in result.stdout] == listed
+    assert [name for name in COMMANDS if name in result.stdout] == list(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,7 +51,9 @@ def test_help_does_not_load_the_library() -> None:
 
 def test_documentation_shows_the_help_as_it_is() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert len(docs.BLOCK.findall(text)) == 1 + len(COMMANDS)
+    shown = [name for _, name, _ in docs.BLOCK.findall(text)]
+    assert [name.split()[1] for name in shown[1:] if len(name.split()) == 2] == list(COMMANDS)
+    assert {name.split()[2] for name in shown if len(name.split()) == 3} == set(evaluations.commands)
     assert docs.renewed(text) == text, "python -m rkv_local.cli.docs docs/cli.md"
 
 

@@ -124,6 +124,17 @@ def test_summary_against_pairs_of_heads(recording: Recording) -> None:
     assert (alone.agreement, alone.chance) == (None, None)
 
 
+@pytest.mark.parametrize("trace", [None, "The keeper saw 41 ships. " * 12])
+def test_pinned_prompt(llama: Llama, trace: str | None) -> None:
+    kv = KVBudget(budget=64, buffer=16, batch=16, window=4, pin="prompt")
+    with Llama(llama.model_path, kv=kv, n_ctx=512, n_threads=1, verbose=False) as pinning:
+        made = record(pinning, PROMPT, 80, trace=trace, temp=0.0)
+    assert 8 < made.n_prompt == made.n_pin
+    assert made.n_steps > 1
+    assert made.summary(-1).prompt == 1.0
+    assert 0 < (made.summary(-1).trace or 0) < 1
+
+
 def test_json_says_the_same(recording: Recording) -> None:
     found = json.loads(recording.to_json())
     assert (found["format"], found["version"]) == ("rkv-local recording", 1)
@@ -214,6 +225,20 @@ def test_command_reads_a_given_trace(tmp_path: Path) -> None:
     assert "".join(found["text"]) == "hi" + "The keeper saw 41 ships. " * 20
     assert (found["finish"], found["n_prompt"]) == ("trace", 1)
     assert len(found["ends"]) > 3
+
+
+def test_command_pins_a_prompt_of_several_batches(tmp_path: Path) -> None:
+    trace, file = tmp_path / "trace.txt", tmp_path / "out.json"
+    trace.write_text("The keeper saw 41 ships. " * 20, encoding="utf-8")
+    budget = ("--kv-budget", "96", "--kv-buffer", "16", "-b", "16", "--kv-pin", "prompt")
+    prompt = ("which lamp burned longest of all?", "--raw", "--trace", str(trace))
+    result = invoke(
+        "inspect", str(talker()), "The keeper asks " + prompt[0] * 4, *prompt[1:], "-o", str(file), *budget
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert 16 < found["n_prompt"] == found["n_pin"] < 48
+    assert all(row[t] == len(found["ends"]) for row in found["gone"] for t in range(found["n_pin"]))
 
 
 def test_command_says_when_nothing_was_evicted(tmp_path: Path) -> None:

@@ -30,6 +30,12 @@ def random_kq(
     return k.astype(np.float32), q.astype(np.float32)
 
 
+def random_v(rng: np.random.Generator, n: int, n_head_kv: int, d: int, type_v: str) -> np.ndarray:
+    """Values as the cache gives them back, some of them long."""
+    v = rng.normal(size=(n, n_head_kv, d)) * np.exp(rng.normal(size=(n, n_head_kv, 1)))
+    return dequantised(v.astype(np.float32), type_v)
+
+
 def same_positions(n: int, n_head_kv: int) -> np.ndarray:
     return np.repeat(np.arange(n, dtype=np.int32)[:, None], n_head_kv, axis=1)
 
@@ -175,13 +181,20 @@ def compactions(
     k, q = random_kq(rng, n, n_head_kv, group, d, spec.window)
     k = dequantised(k, type_k)
     pos, n_old, next_pos = same_positions(n, n_head_kv), 0, n
-    aux = ref.empty_aux(spec.n_sim, n, n_head_kv).astype(np.float32)
+    aux = ref.empty_aux(spec.n_aux, n, n_head_kv).astype(np.float32)
+    stats = np.zeros((n_head_kv * group, spec.n_stats(d)), np.float32)
+    v = random_v(rng, n, n_head_kv, d, type_k)
     tally, worst = ref.Tally(), []
     for _ in range(rounds):
-        got = native_select(k, q, spec, pos=pos, aux=aux, n_old=n_old, type_k=type_k)
-        right = ref.check_kept(got.kept, k, q, spec, pos, aux, n_old, tally=tally)
+        got = native_select(
+            k, q, spec, pos, aux, n_old, type_k=type_k, v=v, stats=stats, type_v=type_k, n_threads=2
+        )
+        right = ref.check_kept(got.kept, k, q, spec, pos, aux, n_old, tally=tally, v=v, stats=stats)
         if right.aux is not None:
             np.testing.assert_allclose(got.aux, right.aux, atol=3e-6)
+        if right.stats is not None:
+            np.testing.assert_allclose(got.stats, right.stats, rtol=1e-5, atol=1e-5)
+            stats = got.stats
         past = slice(spec.pin, n - spec.window)
         scale = np.abs(right.score).max(axis=1, keepdims=True)
         worst.append(float(np.max(np.abs(got.score[:, past] - right.score[:, past]) / scale)))
@@ -192,7 +205,8 @@ def compactions(
         fresh[: grow // 2] += k[:: max(1, n // grow)][: grow // 2]  # relatives of older keys
         k = np.concatenate([k[rows, heads], dequantised(fresh, type_k)])
         pos = np.concatenate([pos[rows, heads], same_positions(grow, n_head_kv) + next_pos]).astype(np.int32)
-        aux = np.concatenate([got.aux[:, rows, heads], ref.empty_aux(spec.n_sim, grow, n_head_kv)], axis=1)
+        v = np.concatenate([v[rows, heads], random_v(rng, grow, n_head_kv, d, type_k)])
+        aux = np.concatenate([got.aux[:, rows, heads], ref.empty_aux(spec.n_aux, grow, n_head_kv)], axis=1)
         next_pos += grow
     return tally, worst
 

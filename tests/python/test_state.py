@@ -346,14 +346,15 @@ def test_a_false_state_with_right_checksums_is_refused(small: Model) -> None:
         assert sealed(data, parts) == data
         cells, rows = parts[1], parts[2]
         first, end, old = np.frombuffer(data, "<u4", 3, cells[0])
-        at_pos = cells[0] + 20 + 4 * SPEC.window
+        at_pos = cells[0] + 28 + 4 * SPEC.window
         changes = {
             cells[0]: [1, end, end + 1, 2**31, 2**32 - 1],  # first
             cells[0] + 4: [0, first, end + 1, 2**20, 2**32 - 1],  # end
             cells[0] + 8: [0, end + 1, 2**32 - 1],  # old_end
             cells[0] + 12: [2**31, 2**32 - 1],  # exact
             cells[0] + 16: [2, 2**32 - 1],  # compacted
-            cells[0] + 20: [1, 2**31, 2**32 - 2],  # ring
+            cells[0] + 20: [2**31, 2**32 - 2, SPEC.budget],  # pin
+            cells[0] + 28: [1, 2**31, 2**32 - 2],  # ring
             at_pos: [2**32 - 1, 2**31, 255],
             at_pos + 8: [0, 255, 2**30, 2**32 - 2],
             cells[1] - 4: [0, 256, 2**32 - 1],

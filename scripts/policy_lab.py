@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Settings:
 
     sim: what `latest` compares: "key" (without RoPE), "rotated", "value", "both" (the smaller of key and value).
     norm: what importance is divided by before it is weighed: "max" or "mean" over the candidates.
-    shares: budgets by layer: "uniform", or numbers with / between them that are normalised.
+    shares: budgets by layer: "uniform", "oracle" (what each layer wins in one ranking by future attention), or numbers
+        with / between them that are normalised.
     pin: pinned first tokens; -1 is the prompt.
     """
 
@@ -54,8 +55,7 @@ class Settings:
     norm: str = "max"
     value: float = 0.0
     shares: str = "uniform"
-    common: int = 0  # 1: layers compete for cells in one ranking (an oracle of budgets by layer)
-    heads: int = 0  # 1: the heads of a layer compete too
+    blocks: int = 0  # oracle: how many blocks it looks ahead; 0 is all
 
 
 @dataclass
@@ -68,8 +68,7 @@ class Cells:
     pos: Tensor
     best: Tensor  # [.., n, 4] highest similarities to later keys
     imp: Tensor  # remembered importance
-    future: Tensor | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    future: Tensor | None = None  # attention that each cell will still get
 
     def take(self, idx: Tensor) -> Cells:
         """Rows idx [batch, head, m]."""
@@ -79,7 +78,9 @@ class Cells:
                 return x.gather(2, idx)
             return x.gather(2, idx[..., None].expand(*idx.shape, x.shape[-1]))
 
-        return Cells(rows(self.k), rows(self.raw), rows(self.v), rows(self.pos), rows(self.best), rows(self.imp))
+        return Cells(
+            rows(self.k), rows(self.raw), rows(self.v), rows(self.pos), rows(self.best), rows(self.imp)
+        )
 
 
 def importance(c: Cells, q: Tensor, s: Settings, n_cand: int, scale: float) -> Tensor:
@@ -98,12 +99,17 @@ def redundancy(c: Cells, s: Settings, x: Tensor) -> Tensor:
     order = torch.arange(1, n + 1, device=x.device)
     last = ((sim > s.threshold) * order).amax(-1)  # 0: none
     hit = last > 0
-    sim.scatter_(-1, (last - 1).clamp(min=0)[..., None], torch.where(hit[..., None], 0.0, sim.gather(-1, (last - 1).clamp(min=0)[..., None])))
+    sim.scatter_(
+        -1,
+        (last - 1).clamp(min=0)[..., None],
+        torch.where(hit[..., None], 0.0, sim.gather(-1, (last - 1).clamp(min=0)[..., None])),
+    )
     return sim.mean(-2).softmax(-1)
 
 
 def later(c: Cells, s: Settings, n_new: int) -> Tensor:
     """Mean of the n_sim highest similarities to a later cell; stored in c.best."""
+
     def sims(x: Tensor) -> Tensor:
         unit = F.normalize(x, dim=-1)
         return unit @ unit[:, :, -n_new:].transpose(-1, -2)
@@ -175,12 +181,41 @@ class Lab:
             self.judged[i, : len(ids)] = torch.from_numpy(learned)
         self.tokens, self.judged = self.tokens.to(device), self.judged.to(device)
         self.scale = cfg.n_embd_head**-0.5
-        right, _ = self.run(replace(Settings(), budget=1 << 20))
+        self.attention: list[list[Tensor]] | None = None  # by block and layer: [problems, head, past + block]
+        right, _ = self.run(Settings(budget=1 << 20))
         self.judged = self.judged & right
-        self.attention: list[Tensor] | None = None
 
-    def run(self, s: Settings) -> tuple[Tensor, float]:
-        """Which tokens are predicted right, [problems, longest], and seconds."""
+    def look_ahead(self, buffer: int) -> None:
+        """Fill self.attention with what the full cache attends to."""
+        self.attention = []
+        self.run(Settings(budget=1 << 20, buffer=buffer), self.attention)
+
+    def future(self, layer: int, block: int, n: int, s: Settings) -> Tensor:
+        """Attention that positions 0 .. n - 1 of a layer will get behind a block: [problems, head, n]."""
+        assert self.attention is not None
+        last = block + 1 + s.blocks if s.blocks else len(self.attention)
+        later = [self.attention[b][layer][..., :n] for b in range(block + 1, min(last, len(self.attention)))]
+        return torch.stack(later).sum(0) if later else torch.zeros_like(self.attention[block][layer][..., :n])
+
+    def oracle_shares(self, budget: int, buffer: int) -> list[float]:
+        """The share of cells that each layer wins in one ranking of all layers and heads by future attention."""
+        assert self.attention is not None
+        won = torch.zeros(self.model.cfg.n_layer)
+        s = Settings(buffer=buffer)
+        for block in range(len(self.attention) - 1):
+            n = self.attention[block][0].shape[-1]
+            if n <= budget:
+                continue
+            z = torch.stack(
+                [self.future(il, block, n, s) for il in range(len(won))]
+            )  # [layer, problem, head, n]
+            flat = z.transpose(0, 1).flatten(1)
+            bar = flat.topk(budget * z.shape[0] * z.shape[2], dim=1).values[:, -1]
+            won += (z > bar[None, :, None, None]).sum((1, 2, 3)).cpu()
+        return (won / won.sum()).tolist()
+
+    def run(self, s: Settings, attention: list[list[Tensor]] | None = None) -> tuple[Tensor, float]:
+        """Which tokens are predicted right, [problems, longest], and seconds; attention takes what the tokens looked at."""
         begun = time.time()
         m, cfg = self.model, self.model.cfg
         n_seq, longest = self.tokens.shape
@@ -189,10 +224,24 @@ class Lab:
         right = torch.zeros_like(self.judged)
         empty = torch.zeros(n_seq, h, 0, d, dtype=dtype, device=self.device)
         cells = [
-            Cells(empty, empty, empty, empty[..., 0].long(), torch.zeros(n_seq, h, 0, 4, device=self.device), empty[..., 0].float())
+            Cells(
+                empty,
+                empty,
+                empty,
+                empty[..., 0].long(),
+                torch.zeros(n_seq, h, 0, 4, device=self.device),
+                empty[..., 0].float(),
+            )
             for _ in m.layers
         ]
-        shares = [1.0] * cfg.n_layer if s.shares == "uniform" else [float(x) for x in s.shares.split("/")]
+        if (s.policy == "oracle" or s.shares == "oracle") and self.attention is None:
+            self.look_ahead(s.buffer)
+        shares = [1.0] * cfg.n_layer
+        if s.shares == "oracle":
+            shares = self.oracle_shares(s.budget, s.buffer)
+            print("shares", "/".join(f"{x * len(shares):.2f}" for x in shares), file=sys.stderr)
+        elif s.shares != "uniform":
+            shares = [float(x) for x in s.shares.split("/")]
         total = sum(shares)
         budgets = [max(s.window + 8, round(s.budget * cfg.n_layer * x / total)) for x in shares]
         pin = self.prompt.to(self.device) if s.pin < 0 else torch.full((n_seq,), s.pin, device=self.device)
@@ -205,6 +254,9 @@ class Lab:
             rope = (cos[None], sin[None])
             scores: list[Tensor | None] = []
             queries = []
+            seen: list[Tensor] = []
+            if attention is not None:
+                attention.append(seen)
             for il, layer in enumerate(m.layers):
                 hid = layer.attn_norm(x)
                 q = layer.attn_q_norm(layer.attn_q(hid).view(n_seq, nb, -1, d))
@@ -222,6 +274,12 @@ class Lab:
                 past = c.k.shape[2] - nb
                 mask = torch.ones(nb, past + nb, dtype=torch.bool, device=self.device).tril(past)
                 out = F.scaled_dot_product_attention(q, c.k, c.v, attn_mask=mask, enable_gqa=True)
+                if attention is not None:
+                    grouped = q.reshape(n_seq, h, group, nb, d)
+                    logits = torch.einsum("bhgtd,bhnd->bhgtn", grouped, c.k) * self.scale
+                    w = logits.masked_fill(~mask, float("-inf")).softmax(-1)
+                    w = w * (pos[None] < self.n.to(self.device)[:, None])[:, None, None, :, None]
+                    seen.append(w.sum((2, 3)))
                 x = x + layer.attn_output(out.transpose(1, 2).flatten(2))
                 hid = layer.ffn_norm(x)
                 x = x + layer.ffn_down(F.silu(layer.ffn_gate(hid)) * layer.ffn_up(hid))
@@ -234,24 +292,24 @@ class Lab:
             n_new = nb
             for il, c in enumerate(cells):
                 n = c.k.shape[2]
-                if s.common == 0 and n <= budgets[il]:
+                if s.policy == "oracle":
+                    future = self.future(il, t0 // s.buffer, t0 + nb, s)
+                    c.future = future.gather(2, c.pos)
+                if n <= budgets[il]:
                     if s.policy == "latest":
                         later(c, s, n_new)
                     scores.append(None)
                     continue
-                z = score(replace_float(c), queries[il], s, n_new, self.scale) if False else score(c, queries[il], s, n_new, self.scale)
+                z = score(c, queries[il], s, n_new, self.scale)
                 fixed = c.pos[:, :, : n - s.window] < pin[:, None, None]
                 scores.append(z.float().masked_fill(fixed, float("inf")))
             self.select(cells, scores, budgets, s)
         return right, time.time() - begun
 
-    def select(self, cells: list[Cells], scores: list[Tensor | None], budgets: list[int], s: Settings) -> None:
+    def select(
+        self, cells: list[Cells], scores: list[Tensor | None], budgets: list[int], s: Settings
+    ) -> None:
         """Keep the best of each layer and head, and the window."""
-        if s.common and scores[0] is not None:
-            if cells[0].k.shape[2] <= s.budget and s.common < 2:
-                return
-            # one ranking over layers (and heads): every layer and head keeps what is above a common bar; padded by pos -1
-            raise SystemExit("a common ranking is in calibrate, not here")
         for il, z in enumerate(scores):
             if z is None:
                 continue
@@ -273,11 +331,6 @@ class Lab:
             "of": len(per),
             "seconds": round(seconds, 1),
         }
-
-
-def replace_float(c: Cells) -> Cells:
-    """Cells in float32."""
-    return Cells(c.k.float(), c.raw.float(), c.v.float(), c.pos, c.best, c.imp, c.future)
 
 
 def parse(text: str, budget: int) -> Settings:
@@ -314,7 +367,18 @@ def main() -> None:
     with torch.no_grad():
         lab = Lab(model, corpus, [problem(a.family, a.kind, "dev", a.start + i) for i in range(a.n)], device)
     mean = float(lab.n.float().mean())
-    print(json.dumps({"kind": a.kind, "n": a.n, "mean": round(mean), "prompt": round(float(lab.prompt.float().mean())), "judged": int(lab.judged.sum())}), flush=True)
+    print(
+        json.dumps(
+            {
+                "kind": a.kind,
+                "n": a.n,
+                "mean": round(mean),
+                "prompt": round(float(lab.prompt.float().mean())),
+                "judged": int(lab.judged.sum()),
+            }
+        ),
+        flush=True,
+    )
     for budget in a.budget.split(","):
         cells = round(mean * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
         for text in a.config:

@@ -41,7 +41,9 @@ def export(folder: Path, out: Path, quantised: bool = True) -> None:
     cfg = model.cfg
     w = gguf.GGUFWriter(str(out), "qwen3")
     w.add_name(NAME)
-    w.add_description("Solves chains of quantities, long arithmetic and sorting in long traces. Trained by models/train.")
+    w.add_description(
+        "Solves chains of quantities, long arithmetic and sorting in long traces. Trained by models/train."
+    )
     w.add_license("mit")
     w.add_context_length(cfg.n_ctx)
     w.add_embedding_length(cfg.n_embd)
@@ -102,7 +104,11 @@ def main() -> None:
     p.add_argument("--model", type=Path, required=True, help="folder of train.py")
     p.add_argument("--out", type=Path, required=True, help="the GGUF file")
     p.add_argument("--f32", action="store_true", help="not quantised")
-    p.add_argument("--check", action="store_true", help="compare logits over one problem with its trace (needs rkv_local)")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="compare logits over one problem with its trace (needs rkv_local)",
+    )
     a = p.parse_args()
     export(a.model, a.out, not a.f32)
     print(f"{a.out}: {a.out.stat().st_size / 1e6:.1f} MB")

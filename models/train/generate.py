@@ -107,7 +107,9 @@ def main() -> None:
             shown += 1
             print(q["id"], q["answer"], "got:", tok.decode(ids, skip_special_tokens=False)[-300:])
     for name, rows in right.items():
-        print(f"{name}: {sum(ok for ok, _ in rows)} of {len(rows)}, {sum(n for _, n in rows) / len(rows):.0f} tokens")
+        print(
+            f"{name}: {sum(ok for ok, _ in rows)} of {len(rows)}, {sum(n for _, n in rows) / len(rows):.0f} tokens"
+        )
     every = [r for rows in right.values() for r in rows]
     print(
         f"all: {sum(ok for ok, _ in every)} of {len(every)}, {sum(n for _, n in every) / len(every):.0f} tokens,"

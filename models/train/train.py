@@ -31,7 +31,12 @@ MAX_DOCS = 1024  # in one step; the rest of `starts` repeats the end
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, tokenizer and log; an unfinished run goes on")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the checkpoint, tokenizer and log; an unfinished run goes on",
+    )
     p.add_argument("--steps", type=int, default=7000)
     p.add_argument("--tokens", type=int, default=131072, help="per step")
     p.add_argument("--lr", type=float, default=1.5e-3)
@@ -40,11 +45,25 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     p.add_argument("--limit", type=float, default=math.inf, help="seconds after which to save and stop")
-    p.add_argument("--gym", type=Path, help="reasoning-gym entries, pickled by text.gym_entries; made where absent")
+    p.add_argument(
+        "--gym", type=Path, help="reasoning-gym entries, pickled by text.gym_entries; made where absent"
+    )
     p.add_argument("--gym-entries", type=int, default=60000)
-    p.add_argument("--short", type=str, default="0.08:1536,0.2:2560", help="until which share of the run documents are at most how long")
-    p.add_argument("--cut", type=str, default="0.3:0.8", help="until which share of the run which share of the chains ends when it is in order")
-    p.add_argument("--no-hints", action="store_true", help="traces without 'After NAME:' where facts are put in order")
+    p.add_argument(
+        "--short",
+        type=str,
+        default="0.08:1536,0.2:2560",
+        help="until which share of the run documents are at most how long",
+    )
+    p.add_argument(
+        "--cut",
+        type=str,
+        default="0.3:0.8",
+        help="until which share of the run which share of the chains ends when it is in order",
+    )
+    p.add_argument(
+        "--no-hints", action="store_true", help="traces without 'After NAME:' where facts are put in order"
+    )
     p.add_argument("--init", type=Path, help="weights to begin with: model.pt of another run")
     p.add_argument("--attention", choices=("varlen", "flex", "one"), default="varlen")
     p.add_argument("--no-compile", action="store_true")
@@ -137,12 +156,16 @@ def main(argv: list[str] | None = None) -> None:
         gym = gym_entries(a.gym_entries)
     saved_tokenizer = a.out / "tokenizer.json"
     if not saved_tokenizer.exists():
-        train_tokenizer(cfg.n_vocab, sample_texts(4000 if device == "cuda" else 400, gym)).save(str(saved_tokenizer))
+        train_tokenizer(cfg.n_vocab, sample_texts(4000 if device == "cuda" else 400, gym)).save(
+            str(saved_tokenizer)
+        )
     tokenizer = saved_tokenizer.read_text()
 
     model = Reasoner(cfg).to(device)
     if a.init:
-        model.load_state_dict({k: v.float() for k, v in torch.load(a.init, map_location=device, weights_only=True).items()})
+        model.load_state_dict(
+            {k: v.float() for k, v in torch.load(a.init, map_location=device, weights_only=True).items()}
+        )
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -196,18 +219,42 @@ def main(argv: list[str] | None = None) -> None:
             now = time.time()
             rate = (step + 1 - at) * a.tokens / (now - since)
             since, at = now, step + 1
-            log.append({"step": step + 1, "loss": round(mean, 5), "tokens_per_s": round(rate), "lr": learning_rate(step, a)})
+            log.append(
+                {
+                    "step": step + 1,
+                    "loss": round(mean, 5),
+                    "tokens_per_s": round(rate),
+                    "lr": learning_rate(step, a),
+                }
+            )
             print(f"step {step + 1} loss {mean:.4f} {rate / 1e3:.0f}k tok/s {now - begun:.0f} s", flush=True)
         if time.time() - begun > a.limit:
             break
     finished = step + 1 >= a.steps
     torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "log": log, "config": cfg.as_dict()},
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step + 1,
+            "log": log,
+            "config": cfg.as_dict(),
+        },
         checkpoint,
     )
     torch.save({k: v.half() for k, v in model.state_dict().items()}, a.out / "model.pt")
-    about = {"parameters": n_params, "config": cfg.as_dict(), "steps": step + 1, "of": a.steps, "tokens_per_step": a.tokens}
-    about |= {"seed": a.seed, "lr": a.lr, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "log": log}
+    about = {
+        "parameters": n_params,
+        "config": cfg.as_dict(),
+        "steps": step + 1,
+        "of": a.steps,
+        "tokens_per_step": a.tokens,
+    }
+    about |= {
+        "seed": a.seed,
+        "lr": a.lr,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "log": log,
+    }
     (a.out / "train.json").write_text(json.dumps(about, indent=1) + "\n")
     print("finished" if finished else "to be continued", f"{time.time() - begun:.0f} s", flush=True)
 

@@ -17,11 +17,64 @@ KINDS = ("dense", "sparse")
 # first seed of each split; a split has room for 2**40 problems
 SPLITS = {"train": 0, "dev": 1 << 40, "final": 2 << 40}
 
-NAMES = (
-    "Tom Mia Zoe Ann Ben Eva Max Lea Sam Ida Leo Amy Jim Kim Ron Sue Ted Una Vic Wes "
-    "Abe Bea Cal Dot Eli Fay Gus Hal Ivy Jan Ken Liz Mac Nan Ora Pam Ray Sal Tia Uma"
-).split()
-ITEMS = "coins cards stamps books shells stones apples marbles stickers buttons pencils tickets".split()
+LONGEST = 3900  # tokens of a trace, about: the reasoner's context has 4,096, the question among them
+
+NAMES = [
+    "Tom",
+    "Mia",
+    "Zoe",
+    "Ann",
+    "Ben",
+    "Eva",
+    "Max",
+    "Lea",
+    "Sam",
+    "Ida",
+    "Leo",
+    "Amy",
+    "Jim",
+    "Kim",
+    "Ron",
+    "Sue",
+    "Ted",
+    "Una",
+    "Vic",
+    "Wes",
+    "Abe",
+    "Bea",
+    "Cal",
+    "Dot",
+    "Eli",
+    "Fay",
+    "Gus",
+    "Hal",
+    "Ivy",
+    "Jan",
+    "Ken",
+    "Liz",
+    "Mac",
+    "Nan",
+    "Ora",
+    "Pam",
+    "Ray",
+    "Sal",
+    "Tia",
+    "Uma",
+]
+ITEMS = [
+    "coins",
+    "cards",
+    "stamps",
+    "books",
+    "shells",
+    "stones",
+    "apples",
+    "marbles",
+    "stickers",
+    "buttons",
+    "pencils",
+    "tickets",
+]
 
 
 @dataclass(frozen=True)
@@ -103,6 +156,8 @@ def _next_fact(rng: random.Random, who: str, known: list[Fact]) -> Fact:
 def _chain(rng: random.Random, kind: str) -> tuple[str, str, Any]:
     n = rng.randint(8, 20) if kind == "dense" else rng.randint(4, 6)
     checks = rng.randint(8, 36) if kind == "dense" else rng.randint(12, 26)
+    if kind == "dense":
+        checks = min(checks, (LONGEST - 115 * n) // 59)  # tokens of a fact, and of a check
     names = rng.sample(NAMES, n)
     items = rng.choice(ITEMS)
     first = rng.randint(5, 99)
@@ -136,14 +191,15 @@ def _digits(rng: random.Random, kind: str) -> tuple[str, str, Any]:
         terms = [rng.randint(10 ** (width - 1), 10**width - 1) for _ in range(n)]
         answer = sum(terms)
         question = f"Add {', '.join(map(str, terms[:-1]))} and {terms[-1]}."
-        op = "+"
+        op, one_pass = "+", 31 * (len(terms) - 1) * (width + 1)  # tokens
     else:
-        width = (rng.randint(3, 5), rng.randint(2, 4)) if kind == "dense" else (rng.randint(2, 3), 2)
+        widths = (rng.randint(3, 5), rng.randint(2, 4)) if kind == "dense" else (rng.randint(2, 3), 2)
         checks = rng.randint(1, 2) if kind == "dense" else rng.randint(5, 9)
-        terms = [rng.randint(10 ** (w - 1), 10**w - 1) for w in width]
+        terms = [rng.randint(10 ** (w - 1), 10**w - 1) for w in widths]
         answer = terms[0] * terms[1]
         question = f"Multiply {terms[0]} by {terms[1]}."
-        op = "*"
+        op, one_pass = "*", 86 * widths[0] * widths[1]
+    checks = min(checks, LONGEST // one_pass - 1)
     return f"{question} {checks_text(checks)}", str(answer), {"terms": terms, "op": op, "checks": checks}
 
 

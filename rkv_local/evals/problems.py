@@ -1,7 +1,8 @@
-"""Problems for the reasoner in models/, each from a seed: chains of quantities, long arithmetic, reasoning-gym tasks.
+"""Problems for the reasoner in models/, each from a seed: chains of quantities, long arithmetic, sorting.
 
-A problem is of one of two kinds. *dense*: many facts, all needed, some of them hundreds of tokens after they were last
-read. *sparse*: few facts under a long trace of checking. Seeds of the splits train, dev and final are disjoint.
+A problem is of one of two kinds. *dense*: many facts, all needed, some of them hundreds of tokens after they
+were last read. *sparse*: few facts under a long trace of checking. Seeds of the splits train, dev and final
+are disjoint.
 """
 
 from __future__ import annotations
@@ -19,62 +20,17 @@ SPLITS = {"train": 0, "dev": 1 << 40, "final": 2 << 40}
 
 LONGEST = 3900  # tokens of a trace, about: the reasoner's context has 4,096, the question among them
 
-NAMES = [
-    "Tom",
-    "Mia",
-    "Zoe",
-    "Ann",
-    "Ben",
-    "Eva",
-    "Max",
-    "Lea",
-    "Sam",
-    "Ida",
-    "Leo",
-    "Amy",
-    "Jim",
-    "Kim",
-    "Ron",
-    "Sue",
-    "Ted",
-    "Una",
-    "Vic",
-    "Wes",
-    "Abe",
-    "Bea",
-    "Cal",
-    "Dot",
-    "Eli",
-    "Fay",
-    "Gus",
-    "Hal",
-    "Ivy",
-    "Jan",
-    "Ken",
-    "Liz",
-    "Mac",
-    "Nan",
-    "Ora",
-    "Pam",
-    "Ray",
-    "Sal",
-    "Tia",
-    "Uma",
-]
-ITEMS = [
-    "coins",
-    "cards",
-    "stamps",
-    "books",
-    "shells",
-    "stones",
-    "apples",
-    "marbles",
-    "stickers",
-    "buttons",
-    "pencils",
-    "tickets",
-]
+# fmt: off
+NAMES = (
+    "Tom", "Mia", "Zoe", "Ann", "Ben", "Eva", "Max", "Lea", "Sam", "Ida", "Leo", "Amy", "Jim", "Kim",
+    "Ron", "Sue", "Ted", "Una", "Vic", "Wes", "Abe", "Bea", "Cal", "Dot", "Eli", "Fay", "Gus", "Hal",
+    "Ivy", "Jan", "Ken", "Liz", "Mac", "Nan", "Ora", "Pam", "Ray", "Sal", "Tia", "Uma",
+)
+ITEMS = (
+    "coins", "cards", "stamps", "books", "shells", "stones", "apples", "marbles", "stickers", "buttons",
+    "pencils", "tickets",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""A laboratory for policies: the reasoner in PyTorch over known traces, with every head's cells chosen by a formula.
+"""A laboratory for policies: the reasoner in PyTorch over known traces, every head's cells chosen by a formula.
 
-Teacher-forced: each token is predicted from the cells that a policy kept, and the true token follows. That is quick
-(a block of tokens at a time) and says which formula loses what is needed; whether answers stay right is measured in the
-engine (rkv-local eval). Errors are counted on tokens that the full cache predicts right.
+Teacher-forced: each token is predicted from the cells that a policy kept, and the true token follows. That is
+quick (a block of tokens at a time) and says which formula loses what is needed; whether answers stay right is
+measured in the engine (rkv-local eval). Errors are counted on tokens that the full cache predicts right.
 
-    python scripts/policy_lab.py --model DIR --kind dense --n 24 --budget 320,512 "rkv" "latest n_sim=2 lam=0.1"
+    python scripts/policy_lab.py --model DIR --kind dense --budget 320,512 "rkv" "latest n_sim=2 lam=0.1"
 
 DIR is a folder of models/train/train.py. A configuration is a policy's name and settings; see SETTINGS.
 """
@@ -34,10 +34,11 @@ from text import Corpus, problem
 class Settings:
     """One configuration; names as in KVBudget where it has them.
 
-    sim: what `latest` compares: "key" (without RoPE), "rotated", "value", "both" (the smaller of key and value).
+    sim: what `latest` compares: "key" (without RoPE), "rotated", "value", "both" (the smaller of key and
+        value).
     norm: what importance is divided by before it is weighed: "max" or "mean" over the candidates.
-    shares: budgets by layer: "uniform", "oracle" (what each layer wins in one ranking by future attention), or numbers
-        with / between them that are normalised.
+    shares: budgets by layer: "uniform", "oracle" (what each layer wins in one ranking by future attention),
+        or numbers with / between them that are normalised.
     pin: pinned first tokens; -1 is the prompt.
     """
 
@@ -198,7 +199,7 @@ class Lab:
         return torch.stack(later).sum(0) if later else torch.zeros_like(self.attention[block][layer][..., :n])
 
     def oracle_shares(self, budget: int, buffer: int) -> list[float]:
-        """The share of cells that each layer wins in one ranking of all layers and heads by future attention."""
+        """The share of cells that a layer wins in one ranking of all layers and heads by future attention."""
         assert self.attention is not None
         won = torch.zeros(self.model.cfg.n_layer)
         s = Settings(buffer=buffer)
@@ -215,7 +216,10 @@ class Lab:
         return (won / won.sum()).tolist()
 
     def run(self, s: Settings, attention: list[list[Tensor]] | None = None) -> tuple[Tensor, float]:
-        """Which tokens are predicted right, [problems, longest], and seconds; attention takes what the tokens looked at."""
+        """Which tokens are predicted right, [problems, longest], and seconds.
+
+        attention: takes what the tokens looked at.
+        """
         begun = time.time()
         m, cfg = self.model, self.model.cfg
         n_seq, longest = self.tokens.shape

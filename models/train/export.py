@@ -1,4 +1,4 @@
-"""Write a trained reasoner as GGUF, with tokenizer and chat template inside: python models/train/export.py --help."""
+"""Write a trained reasoner as GGUF, tokenizer and chat template inside: python models/train/export.py --help."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The reasoner in PyTorch: Qwen3's architecture (grouped queries, a norm on each head's query and key, SwiGLU)."""
+"""The reasoner in PyTorch, of Qwen3's architecture: grouped queries, norms on queries and keys, SwiGLU."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -123,8 +125,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, where: Any = None) -> Tensor:
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, where: list[int]) -> Tensor:
     """Attention within each of several documents laid end to end; where: their starts, and the end."""
-    spans = zip(where, where[1:], strict=False)
-    return torch.cat([causal(q[a:b], k[a:b], v[a:b]) for a, b in spans])
+    return torch.cat([causal(q[a:b], k[a:b], v[a:b]) for a, b in itertools.pairwise(where)])
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, where: tuple[Tensor, int]) -> Tensor:
@@ -157,8 +158,6 @@ def block_mask(document: Tensor) -> Any:
 
 
 def _causal_arguments() -> dict[str, Any]:
-    import inspect
-
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -1,18 +1,19 @@
 """How the reasoner thinks: a trace for each problem, as segments of text that are learned or only read.
 
-A trace restates, works step by step, sums up, doubts, checks and corrects itself. What is wrong in it (a slip that the
-next sentence mends) is read but not learned: the model learns to notice slips, not to make them.
+A trace restates, works step by step, sums up, doubts, checks and corrects itself. What is wrong in it (a slip
+that the next sentence mends) is read but not learned: the model learns to notice slips, not to make them.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "rkv_local" / "evals"))
-from problems import Fact, Problem
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # rkv_local, where it is not installed
+from rkv_local.evals.problems import Fact, Problem
 
 Segment = tuple[str, bool]  # text, learned
 
@@ -362,7 +363,7 @@ def number_sorting(t: Trace, meta: dict[str, Any], turn: int) -> None:
     if turn % 2:
         xs = meta["sorted_numbers"]
         t.say("Neighbours:")
-        for a, b in zip(xs, xs[1:], strict=False):
+        for a, b in itertools.pairwise(xs):
             t.say(f" {a} {'>=' if down else '<='} {b}.")
         t.say(f" There are {len(xs)} numbers.\n")
         return
@@ -394,7 +395,8 @@ WRITERS = {"chain": chain, "digits": digits, "gym": gym}
 def trace(p: Problem, rng: random.Random, slips: float = 0.03, hints: bool = True) -> list[Segment]:
     """What follows `<think>\\n`: the trace, `</think>`, the answer.
 
-    hints: a chain's facts are put in order by asking who comes after whom (the first stage of training had none).
+    slips: how often a result is wrong at first. hints: a chain's facts are put in order by asking who comes
+    after whom (the first stage of training had none).
     """
     t = Trace(rng, slips, hints)
     WRITERS[p.family](t, p)

@@ -1,4 +1,4 @@
-"""A laboratory for policies: the reasoner in PyTorch over known traces, every head's cells chosen by a formula.
+"""A laboratory for policies: the reasoner in PyTorch over known traces, a formula choosing each head's cells.
 
 Teacher-forced: each token is predicted from the cells that a policy kept, and the true token follows. That is
 quick (a block of tokens at a time) and says which formula loses what is needed; whether answers stay right is

@@ -1,4 +1,4 @@
-"""Write a trained reasoner as GGUF, tokenizer and chat template inside: python models/train/export.py --help."""
+"""Write a trained reasoner as GGUF, with its tokenizer: python models/train/export.py --help."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import gguf
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from generate import load
-from text import CHAT_TEMPLATE, CONTROL, END, IM_END, SHOWN
+from model import causal
+from text import CHAT_TEMPLATE, CONTROL, END, IM_END, SHOWN, Corpus, problem
 
 NAME = "rkv-reasoner"
+# What check() may find. F32 differs by the order of sums; Q8_0 rounds a weight to 1/127 of the largest of 32.
+FAR = {"F32": 1e-3, "Q8_0": 0.2}
 
 
 def tokens_of(tokenizer: dict[str, Any], n_vocab: int) -> tuple[list[str], list[int], list[str]]:
@@ -36,7 +38,10 @@ def tokens_of(tokenizer: dict[str, Any], n_vocab: int) -> tuple[list[str], list[
 
 
 def export(folder: Path, out: Path, quantised: bool = True) -> None:
-    """folder: of train.py (checkpoint.pt, tokenizer.json); out: the GGUF file, Q8_0 or F32 matrices, F32 norms."""
+    """Write `out`, a GGUF file with matrices in Q8_0 or F32 and norms in F32.
+
+    folder: of train.py (checkpoint.pt, tokenizer.json).
+    """
     model = load(folder, "cpu")
     cfg = model.cfg
     w = gguf.GGUFWriter(str(out), "qwen3")
@@ -84,49 +89,51 @@ def export(folder: Path, out: Path, quantised: bool = True) -> None:
 def check(folder: Path, path: Path, ids: list[int]) -> float:
     """Largest difference between PyTorch's logits and llama.cpp's over a text, in units of their spread.
 
-    With an F32 file it is rounding; a Q8_0 file adds its own.
+    folder, path: as in export(); ids [n]. Needs rkv_local's library.
     """
-    from llama_cpp import Llama
-    from model import causal
+    from rkv_local import Llama
 
     model = load(folder, "cpu")
     with torch.no_grad():
         want = model.logits(model(torch.tensor(ids), torch.arange(len(ids)), causal)).numpy()
-    llama = Llama(str(path), n_ctx=len(ids) + 8, n_batch=len(ids), logits_all=True, verbose=False)
+    # float32 also in the cache, and no flash attention, which rounds to half precision
+    llama = Llama(
+        str(path),
+        kv=None,
+        n_ctx=len(ids),
+        n_batch=len(ids),
+        logits_all=True,
+        type_k=0,
+        type_v=0,
+        verbose=False,
+    )
     llama.eval(ids)
     got = llama.scores[: len(ids)]
+    llama.close()
     return float(np.abs(got - want).max() / want.std())
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Export, then compare with PyTorch."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--model", type=Path, required=True, help="folder of train.py")
     p.add_argument("--out", type=Path, required=True, help="the GGUF file")
     p.add_argument("--f32", action="store_true", help="not quantised")
-    p.add_argument(
-        "--check",
-        action="store_true",
-        help="compare logits over one problem with its trace (needs rkv_local)",
-    )
-    a = p.parse_args()
+    p.add_argument("--check", action="store_true", help="compare logits over one problem (needs rkv_local)")
+    a = p.parse_args(argv)
     export(a.model, a.out, not a.f32)
     print(f"{a.out}: {a.out.stat().st_size / 1e6:.1f} MB")
     if a.check:
-        import rkv_local  # noqa: F401 - its library, not llama-cpp-python's
-        from text import Corpus, problem
         from tokenizers import Tokenizer
 
-        corpus = Corpus(Tokenizer.from_file(str(a.model / "tokenizer.json")), 0, model_ctx(a.model))
+        state = torch.load(a.model / "checkpoint.pt", weights_only=True)
+        corpus = Corpus(Tokenizer.from_file(str(a.model / "tokenizer.json")), 0, state["config"]["n_ctx"])
         ids, _ = corpus.document(problem("chain", "dense", "dev", 1))
-        far = check(a.model, a.out, ids.tolist())
+        ids = ids[: corpus.n_ctx]
+        far, limit = check(a.model, a.out, ids.tolist()), FAR["F32" if a.f32 else "Q8_0"]
         print(f"largest difference of a logit over {len(ids)} tokens: {far:.5f} of their spread")
-
-
-def model_ctx(folder: Path) -> int:
-    """n_ctx of a checkpoint."""
-    config: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)["config"]
-    return int(config["n_ctx"])
+        if not far < limit:
+            sys.exit(f"{a.out} does not compute what PyTorch does: at most {limit} was expected")
 
 
 if __name__ == "__main__":

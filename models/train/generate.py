@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -14,22 +15,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from model import Config, Reasoner, rope_tables
-from text import FAMILIES, IM_END, KINDS, Problem, problem, prompt_ids
+from text import FAMILIES, IM_END, KINDS, SPLITS, Problem, problem, prompt_ids
 
 
 def load(folder: Path, device: str) -> Reasoner:
-    """The model of a checkpoint."""
-    state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+    """The model of a checkpoint; leaves with one line if there is none."""
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        sys.exit(f"{path} does not exist: train.py writes it")
+    state = torch.load(path, map_location=device, weights_only=True)
     model = Reasoner(Config(**state["config"])).to(device)
     model.load_state_dict(state["model"])
     return model.eval()
 
 
+def append_and_attend(
+    keys: Tensor, values: Tensor, t: int, q: Tensor, k: Tensor, v: Tensor, where: Any
+) -> Tensor:
+    """Attention of token t of n sequences in a layer; keys and values [n, n_head_kv, n_ctx, d] grow by it."""
+    keys[:, :, t], values[:, :, t] = k, v
+    past = keys[:, :, : t + 1], values[:, :, : t + 1]
+    return F.scaled_dot_product_attention(q[:, :, None], *past, enable_gqa=True)[:, :, 0]
+
+
 @torch.no_grad()
 def greedy(model: Reasoner, prompts: list[list[int]], n_ctx: int) -> list[list[int]]:
-    """Continuations up to the end token; all sequences are at the same position, prompts are forced."""
+    """Continuations up to the end token, or to n_ctx tokens in all.
+
+    All sequences are at the same position; prompts are forced.
+    """
     cfg, device = model.cfg, next(model.parameters()).device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = model.to(dtype)
@@ -46,13 +61,7 @@ def greedy(model: Reasoner, prompts: list[list[int]], n_ctx: int) -> list[list[i
         x = model.token_embd(out[:, t])
         rope = rope_tables(cfg, torch.full((1,), t, device=device))
         for il, layer in enumerate(model.layers):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, where: Any, il: int = il) -> Tensor:
-                keys[il, :, :, t], values[il, :, :, t] = k, v
-                past = keys[il, :, :, : t + 1], values[il, :, :, : t + 1]
-                return F.scaled_dot_product_attention(q[:, :, None], *past, enable_gqa=True)[:, :, 0]
-
-            x = layer(x, rope, attend)
+            x = layer(x, rope, functools.partial(append_and_attend, keys[il], values[il], t))
         following = model.logits(model.output_norm(x)).argmax(-1)
         given = forced[:, t + 1]
         out[:, t + 1] = torch.where(given >= 0, given, following)
@@ -81,9 +90,9 @@ def mixed(split: str, n: int) -> list[Problem]:
 def main() -> None:
     """Accuracy by family and kind."""
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--model", type=Path, required=True)
+    p.add_argument("--model", type=Path, required=True, help="folder of train.py")
     p.add_argument("--n", type=int, default=50, help="problems of each family and kind")
-    p.add_argument("--split", default="dev")
+    p.add_argument("--split", default="dev", choices=list(SPLITS), help="which problems (default: dev)")
     p.add_argument("--problems", type=Path, help="problems made before: JSON lines of id, question, answer")
     a = p.parse_args()
     from tokenizers import Tokenizer
@@ -106,15 +115,11 @@ def main() -> None:
         if not ok and shown < 3:
             shown += 1
             print(q["id"], q["answer"], "got:", tok.decode(ids, skip_special_tokens=False)[-300:])
+    right["all"] = [row for rows in right.values() for row in rows]
     for name, rows in right.items():
-        print(
-            f"{name}: {sum(ok for ok, _ in rows)} of {len(rows)}, {sum(n for _, n in rows) / len(rows):.0f} tokens"
-        )
-    every = [r for rows in right.values() for r in rows]
-    print(
-        f"all: {sum(ok for ok, _ in every)} of {len(every)}, {sum(n for _, n in every) / len(every):.0f} tokens,"
-        f" {time.time() - begun:.0f} s"
-    )
+        tokens = sum(n for _, n in rows) / len(rows)
+        print(f"{name}: {sum(ok for ok, _ in rows)} of {len(rows)} right, {tokens:.0f} tokens on average")
+    print(f"{time.time() - begun:.0f} s")
 
 
 if __name__ == "__main__":

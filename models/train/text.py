@@ -11,9 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # rkv_local, where it is not installed
 import traces
-from problems import FAMILIES, KINDS, Problem, problem
+from rkv_local.evals.problems import FAMILIES, KINDS, SPLITS, Problem, gym_entry, problem
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "FAMILIES",
+    "KINDS",
+    "Corpus",
+    "Problem",
+    "problem",
+    "prompt_ids",
+    "train_tokenizer",
+]
 
 # first ids of the vocabulary; the think tags are shown as text, the others are control tokens
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -33,6 +44,10 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>user\\n' + asked[-1]['content'] + '<|im_end|>\\n' -}}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
 )
+
+# Numbers of training problems: 4 bits of the run's seed, 20 of the step, 16 of the document in it. Together
+# they stay below SPLITS["dev"].
+SEEDS, STEPS, DOCUMENTS = 1 << 4, 1 << 20, 1 << 16
 
 # How often each kind of problem is seen.
 MIX = {
@@ -68,14 +83,18 @@ def train_tokenizer(n_vocab: int, texts: list[str]) -> Any:
 
 
 class Corpus:
-    """Training documents, without end; every one is another problem.
+    """The training documents of one step; every one is another problem, and none is of another split.
 
     Args:
         tokenizer: from train_tokenizer().
-        seed: problems are numbered from seed * 2**24 on.
+        seed: of the run, below SEEDS.
         n_ctx: longest document, in tokens; longer ones are left out.
-        gym: entries of reasoning-gym by kind, made before; None makes them when needed.
+        gym: from gym_entries(); None makes entries when needed, with the package reasoning-gym.
         hints: see traces.trace().
+        step: below STEPS.
+
+    Raises:
+        ValueError: seed or step is out of range.
     """
 
     def __init__(
@@ -85,30 +104,42 @@ class Corpus:
         n_ctx: int,
         gym: dict[str, Any] | None = None,
         hints: bool = True,
+        step: int = 0,
     ) -> None:
+        if not 0 <= seed < SEEDS:
+            raise ValueError(f"seed is {seed}, must be from 0 to {SEEDS - 1}")
+        if not 0 <= step < STEPS:
+            raise ValueError(f"step is {step}, must be from 0 to {STEPS - 1}")
         self.tok, self.n_ctx, self.gym, self.hints = tokenizer, n_ctx, gym, hints
-        self.rng = random.Random(f"corpus {seed}")
-        self.number = seed << 24
+        self.rng = random.Random(f"corpus {seed} {step}")
+        self.number = (seed * STEPS + step) * DOCUMENTS
+        self.end = self.number + DOCUMENTS
         if gym:
             traces.LEGS.update(gym["legs"])
-        elif tokenizer is not None:
+        else:
             traces.learn_legs()
 
     def problem(self) -> Problem:
-        """The next problem of the mix."""
+        """The next problem of the mix. Raises ValueError when the step has had DOCUMENTS of them."""
+        if self.number == self.end:
+            raise ValueError(f"a step has at most {DOCUMENTS} documents: give it fewer tokens")
         family, kind = self.rng.choices(list(MIX), weights=list(MIX.values()))[0]
+        number = self.number
         self.number += 1
         entry = None
         if family == "gym" and self.gym is not None:
             entry = self.rng.choice(self.gym[kind])
-        return problem(family, kind, "train", self.number, entry)
+        return problem(family, kind, "train", number, entry)
 
     def prompt(self, p: Problem) -> list[int]:
         """Token ids up to and with `<think>\\n`."""
         return prompt_ids(self.tok, p.question)
 
     def document(self, p: Problem, cut: bool = False) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
-        """A problem with its trace: tokens [n], and whether each is learned [n]. cut: a chain ends when it is in order."""
+        """A problem with its trace: tokens [n], and whether each is learned [n].
+
+        cut: a chain ends when its facts are in order, and its end is not learned.
+        """
         segments = traces.trace(p, self.rng, hints=self.hints)
         if cut and p.family == "chain":
             segments = segments[: next(i for i, s in enumerate(segments) if s[0].startswith(traces.ORDERED))]
@@ -126,7 +157,7 @@ class Corpus:
     def documents(
         self, longest: int | None = None, cut: float = 0.0
     ) -> Iterator[tuple[NDArray[np.int16], NDArray[np.bool_]]]:
-        """Documents of at most `longest` tokens (None: n_ctx); a share `cut` of the chains ends when they are in order."""
+        """Documents of at most `longest` tokens (None: n_ctx); see document() for what a share `cut` is."""
         limit = self.n_ctx if longest is None else longest
         while True:
             ids, mask = self.document(self.problem(), self.rng.random() < cut)
@@ -154,8 +185,8 @@ def prompt_ids(tok: Any, question: str) -> list[int]:
 
 
 def sample_texts(n: int, gym: dict[str, Any] | None) -> list[str]:
-    """Questions and traces to train the tokenizer on."""
-    corpus = Corpus(None, 1, 1 << 20, gym)
+    """Questions and traces of n training problems, to train the tokenizer on."""
+    corpus = Corpus(None, 0, 1 << 20, gym)
     texts = []
     for _ in range(n):
         p = corpus.problem()
@@ -166,12 +197,7 @@ def sample_texts(n: int, gym: dict[str, Any] | None) -> list[str]:
 
 
 def gym_entries(n: int) -> dict[str, Any]:
-    """n reasoning-gym entries of each kind for training, and its table of legs: for a machine without the package."""
-    from problems import SPLITS, gym_entry
-
+    """n entries of each kind for training, and the table of legs: for a machine without reasoning-gym."""
     traces.learn_legs()
     made: dict[str, Any] = {k: [gym_entry(k, SPLITS["train"] + i) for i in range(n)] for k in KINDS}
     return {**made, "legs": dict(traces.LEGS)}
-
-
-__all__ = ["CHAT_TEMPLATE", "FAMILIES", "SPECIAL", "Corpus", "gym_entries", "prompt_ids", "train_tokenizer"]

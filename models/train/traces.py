@@ -317,7 +317,8 @@ def digits(t: Trace, p: Problem) -> None:
 def chain_sum(t: Trace, meta: dict[str, Any], turn: int) -> None:
     """Pluses, minuses, and their difference."""
     words = meta["expression"].split()
-    plus, minus = [int(words[0])], []
+    plus: list[int] = [int(words[0])]
+    minus: list[int] = []
     for sign, x in zip(words[1::2], words[2::2], strict=True):
         (plus if sign == "+" else minus).append(int(x))
     sums = []

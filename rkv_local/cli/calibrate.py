@@ -50,7 +50,7 @@ POLICY, BUDGET = "latest", 512  # docs/calibrate.md tells why; a quarter of a tr
 def calibrate(name: str | None, as_json: bool, **values: Any) -> None:
     """Measure which share of the cells each layer of a model should get.
 
-    MODEL is a GGUF file or a short name (default: smollm2). It answers questions with a full cache; beside
+    MODEL is a GGUF file or a short name (default: reasoner). It answers questions with a full cache; beside
     that, evictions are simulated in which the scores of all layers and heads are ranked together. What each
     layer wins on average is stored beside the model, for --kv-layer-budgets calibrated with any policy.
     """

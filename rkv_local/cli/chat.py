@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 def chat(name: str | None, **values: Any) -> None:
     """Talk with a model.
 
-    MODEL is a GGUF file or a short name (default: smollm2). /help lists the commands, Ctrl-C stops an answer,
-    Ctrl-D leaves. When stdin is not a terminal each line (or block between triple quotes) is a message.
+    MODEL is a GGUF file or a short name: reasoner, the default, is a small demonstration model that answers
+    each message by itself, and solves only its own kinds of problems; smollm2 converses. /help lists the
+    commands, Ctrl-C stops an answer, Ctrl-D leaves. When stdin is not a terminal each line (or block between
+    triple quotes) is a message.
     """
     if sys.stdin is None:
         raise click.ClickException("stdin is closed: there is nobody to talk with")
@@ -57,6 +59,8 @@ def chat(name: str | None, **values: Any) -> None:
     )
     if ui.is_terminal(sys.stdin):
         ui.note(f"{options.model.name}: /help lists the commands, Ctrl-D leaves")
+        if options.model.note:
+            ui.note(options.model.note)
     if not session.template.named:
         ui.note("the model has no chat template; ChatML is used")
     try:

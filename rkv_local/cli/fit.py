@@ -34,7 +34,7 @@ TYPES = ("f16", "q8_0")
 def fit(name: str | None, as_json: bool, **values: Any) -> None:
     """Show what fits in memory, without loading the weights.
 
-    MODEL is a GGUF file or a short name (default: smollm2). For full caches and budgets, f16 and q8_0: what
+    MODEL is a GGUF file or a short name (default: reasoner). For full caches and budgets, f16 and q8_0: what
     weights, cache and compute buffers take, as llama.cpp measures it, and what `run` would choose. More than
     this machine has may be given, to plan for another. Exit code 1 if not even the smallest setting fits.
     """

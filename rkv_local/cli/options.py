@@ -125,7 +125,7 @@ def load_of(values: dict[str, Any], model: Model) -> LoadOptions:
     kv = budget_of(values, values["batch_size"])
     ctx_size = values["ctx_size"]
     if ctx_size is None:
-        ctx_size = DEFAULT_N_CTX if kv else DEFAULT_CTX_FULL
+        ctx_size = model.ctx or (DEFAULT_N_CTX if kv else DEFAULT_CTX_FULL)
     gpu_layers = -1 if values["gpu_layers"] is None else values["gpu_layers"]
     flash_attn = flash_of(values["flash_attn"], gpu_layers, values["cache_type_v"])
     options = LoadOptions(

@@ -175,7 +175,7 @@ def stack(*options: Decorator) -> Decorator:
 
 def model_option() -> Decorator:
     """The model by option."""
-    return opt("-m --model", "A GGUF file or a short name.", metavar="MODEL")
+    return opt("-m --model", "A GGUF file or a short name (reasoner, smollm2).", metavar="MODEL")
 
 
 def cache_options(policy: str = "rkv", budget: int = 1024) -> Decorator:
@@ -260,7 +260,7 @@ def load_options() -> Decorator:
     """Everything that a model is loaded with."""
     reach = (
         f"How far the context may reach; it does not size the cache (default: {DEFAULT_N_CTX}; with policy "
-        f"none, where it does, {DEFAULT_CTX_FULL}; 0 = as the model was trained)."
+        f"none, where it does, {DEFAULT_CTX_FULL}; the reasoner's: 4096; 0 = as the model was trained)."
     )
     batch = "Most tokens in one decode (default: the larger of the buffer and 256; with policy none 512)."
     return stack(

@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 def run(words: tuple[str, ...], **values: Any) -> None:
     """Answer one prompt.
 
-    MODEL is a GGUF file or a short name (default: smollm2). One word alone is the prompt for the default
-    model, unless it is a short name or a .gguf file: then the prompt comes from stdin. With - as the prompt
-    it comes from stdin too. The text goes to stdout, statistics to stderr.
+    MODEL is a GGUF file or a short name: reasoner, the default, is a small demonstration model that solves
+    only its own kinds of problems; smollm2 is for other questions. One word alone is the prompt for the
+    default model, unless it is a short name or a .gguf file: then the prompt comes from stdin. With - as the
+    prompt it comes from stdin too. The text goes to stdout, statistics to stderr.
     """
     name, prompt = sort_words(words, values)
     model = resolve(name)  # before stdin is waited for
@@ -59,6 +60,8 @@ def run(words: tuple[str, ...], **values: Any) -> None:
     if grammar is not None and values["ignore_eos"]:
         raise click.UsageError("--ignore-eos forbids the end that a grammar asks for")
     options = load_of(values, model)
+    if name is None and model.note and ui.is_terminal(sys.stderr):
+        ui.note(model.note)
 
     from rkv_local.cli.session import Answer, CliError, Interrupt, load
 

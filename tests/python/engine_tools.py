@@ -26,7 +26,7 @@ from llama_cpp import _logger  # noqa: E402
 
 _logger.set_verbose(False)  # errors only
 
-# For the default model; 1 is faster on a machine that is busy with other things.
+# For SmolLM2; 1 is faster on a machine that is busy with other things.
 THREADS = int(os.environ.get("RKV_TEST_THREADS", min(2, os.cpu_count() or 1)))
 
 POLICY = {

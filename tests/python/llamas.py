@@ -1,4 +1,4 @@
-"""Llamas on the default model, and what tests ask of them; a plugin of the test files that use them.
+"""Llamas on SmolLM2, and what tests ask of them; a plugin of the test files that use them.
 
 PYTEST_DONT_REWRITE: there is nothing to rewrite, and the test files import it before pytest does.
 """
@@ -35,7 +35,7 @@ def open_llama(path: Path, **arguments: Any) -> Llama:
 
 @pytest.fixture(scope="module")
 def make(smollm2_path: Path) -> Iterator[MakeLlama]:
-    """Llamas on the default model, two threads, closed at the end of the module."""
+    """Llamas on SmolLM2, two threads, closed at the end of the module."""
     made: list[Llama] = []
 
     def build(**arguments: Any) -> Llama:

@@ -199,7 +199,7 @@ def test_one_number_per_layer() -> None:
 # --- bytes ---
 
 
-def test_bytes_of_the_default_model_by_hand() -> None:
+def test_bytes_of_smollm2_by_hand() -> None:
     # 512 + 256 cells; per layer K and V rows of 3 heads * 64 * 2 bytes, 9 queries of 9 heads * 64 * 4 bytes,
     # positions of 3 heads * 4 bytes
     per_layer = 768 * (384 + 384) + 9 * 9 * 64 * 4 + 768 * 3 * 4

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli_tools import default_model, error_line, invoke, make_random_model, mute, talker, terminal
+from cli_tools import error_line, invoke, make_random_model, mute, smollm2, talker, terminal
 from rkv_local import KVBudget, Llama, _native, calibrate
 from rkv_local.calibration import Calibration, beside, fingerprint, share_out
 from tiny_families import write_family
@@ -78,7 +78,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, three layers with two KV heads, SmolLM2's vocabulary."""
     file = tmp_path_factory.mktemp("calibrate") / "chatter.gguf"
     shape = {"layers": LAYERS, "heads": 4, "kv_heads": 2, "ff": 64, "type": "q4_0", "gain": 3.0}
-    return Path(make_random_model(file, tokenizer=default_model(), **shape))
+    return Path(make_random_model(file, tokenizer=smollm2(), **shape))
 
 
 @pytest.fixture

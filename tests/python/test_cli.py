@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from rkv_local import models
 from rkv_local.cli import docs, options
 from rkv_local.cli.eval import eval as evaluations
 from rkv_local.cli.main import COMMANDS
+from rkv_local.cli.run import run as run_command
 from rkv_local.cli.run import sort_words
+from rkv_local.options import DEFAULT_N_CTX
+from rkv_local.shape import read_metadata
 
 
 def test_help_lists_the_commands() -> None:
@@ -76,6 +80,7 @@ def test_version() -> None:
         (("why?",), {}, (None, "why?")),
         (("smollm2",), {}, ("smollm2", None)),
         (("SmolLM2",), {}, ("SmolLM2", None)),
+        (("reasoner",), {}, ("reasoner", None)),
         (("absent.gguf",), {}, ("absent.gguf", None)),
         (("what is a .gguf",), {}, (None, "what is a .gguf")),
         (("-",), {}, (None, "-")),
@@ -105,12 +110,54 @@ def test_too_many_words(words: tuple[str, ...], given: dict[str, Any]) -> None:
         sort_words(words, {"model": None, "prompt": None, "file": None, **given})
 
 
-def test_default_model_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_model_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = models.Packaged("no_such_package", "x.gguf", "pip install no-such-package", "")
     monkeypatch.setitem(models.PACKAGED, "smollm2", absent)
-    result = invoke("run", "hi")
+    result = invoke("run", "smollm2", "hi")
     assert result.exit_code == 1
     assert error_line(result) == "the model 'smollm2' is not installed: pip install no-such-package"
+
+
+def fake_gguf(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    return path
+
+
+def test_default_model_is_found_in_a_wheel_and_in_a_source_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rkv_like").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    moved = replace(models.PACKAGED["reasoner"], package="rkv_like")
+    monkeypatch.setitem(models.PACKAGED, "reasoner", moved)
+    result = invoke("run", "hi")
+    assert result.exit_code == 1
+    assert error_line(result).startswith("the model 'reasoner' is not installed: install rkv-local again")
+    in_source = fake_gguf(tmp_path / "models" / "rkv-reasoner.gguf")
+    assert models.resolve().path == in_source
+    in_wheel = fake_gguf(tmp_path / "rkv_like" / "rkv-reasoner.gguf")
+    assert models.resolve().path == in_wheel
+
+
+def test_default_model_is_the_one_in_the_repository() -> None:
+    found = models.resolve()
+    assert found.name == models.DEFAULT_MODEL == "reasoner"
+    assert found.path.read_bytes() == (ROOT / "models" / "rkv-reasoner.gguf").read_bytes()
+
+
+def test_default_model_reaches_as_far_as_it_was_trained() -> None:
+    def reach(*words: str) -> int:
+        context = click.Context(run_command)
+        run_command.parse_args(context, list(words))
+        model = models.resolve(sort_words(context.params.pop("words"), context.params)[0])
+        return options.load_of(context.params, model).ctx_size
+
+    trained = models.resolve()
+    assert read_metadata(trained.path)["qwen3.context_length"] == trained.ctx
+    assert reach("hi") == reach("hi", "--kv-policy", "none") == trained.ctx
+    assert reach("hi", "-c", "100") == 100
+    assert reach("smollm2", "hi") == DEFAULT_N_CTX
 
 
 def test_unknown_command_and_option() -> None:
@@ -140,7 +187,7 @@ def test_devices_that_loads_the_library_alone() -> None:
 def test_relative_path_that_is_called_like_a_short_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "smollm2").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    fake_gguf(tmp_path / "smollm2")
     monkeypatch.chdir(tmp_path)
     assert models.resolve("./smollm2").path == Path("smollm2")
     assert models.resolve("smollm2").path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli_tools import default_model, invoke, shell, talker
+from cli_tools import invoke, shell, smollm2, talker
 from rkv_local.chat import (
     CHATML,
     THINK_TAGS,
@@ -120,10 +120,10 @@ def test_template_gets_thinking_apart_from_the_answer() -> None:
     assert conversation.take_back() is None
 
 
-def test_thinking_of_earlier_turns_is_dropped_by_the_default_models_template() -> None:
+def test_thinking_of_earlier_turns_is_dropped_by_smollm2s_template() -> None:
     from rkv_local.shape import read_metadata
 
-    source = str(read_metadata(default_model())["tokenizer.chat_template"])
+    source = str(read_metadata(smollm2())["tokenizer.chat_template"])
     conversation = Conversation()
     conversation.add("q1", "a1", "secret")
     assert "secret" not in Template(source).render(conversation.messages("q2"))

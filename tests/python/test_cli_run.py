@@ -24,8 +24,8 @@ def run_json(*args: str, stdin: str | None = None) -> dict[str, Any]:
     return found
 
 
-def test_json_object_of_the_default_model() -> None:
-    found = run_json("The capital of France is", "--raw", "--temp", "0", "-n", "3", "-t", "1")
+def test_json_object_of_a_packaged_model() -> None:
+    found = run_json("smollm2", "The capital of France is", "--raw", "--temp", "0", "-n", "3", "-t", "1")
     assert set(found) == {"text", "thinking", "finish_reason", "model", "tokens", "timings", "kv"}
     assert "Paris" in found["text"]
     assert found["thinking"] == ""

@@ -1,4 +1,4 @@
-"""rkv_local.Llama on the default model: what llama_cpp.Llama does, in a cache of fixed size."""
+"""rkv_local.Llama on SmolLM2: what llama_cpp.Llama does, in a cache of fixed size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States, speculative decoding and interruptions of a Llama on the default model."""
+"""States, speculative decoding and interruptions of a Llama on SmolLM2."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli_tools import default_model, error_line, invoke, make_random_model, mute, shell, start, talker
+from cli_tools import error_line, invoke, make_random_model, mute, shell, smollm2, start, talker
 from rkv_local import KVBudget, Llama, RKVError, Session
 from rkv_local.evals import divergence, texts
 from rkv_local.evals.decode import Batcher, Done, Request
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """Random weights in f32, so that numbers hardly depend on the size of a batch; SmolLM2's vocabulary."""
     path = tmp_path_factory.mktemp("exact") / "exact.gguf"
     shape = {"layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32, "ff": 64, "type": "f32"}
-    with Model(make_random_model(path, tokenizer=default_model(), **shape)) as made:
+    with Model(make_random_model(path, tokenizer=smollm2(), **shape)) as made:
         yield made
 
 

@@ -102,7 +102,7 @@ def test_unreached_budget_on_two_sequences(tiny: Model) -> None:
             np.testing.assert_array_equal(a.decode(rows), b.decode(rows))
 
 
-def test_unreached_budget_on_the_default_model(smollm2: Model, prose: list[int]) -> None:
+def test_unreached_budget_on_a_real_model(smollm2: Model, prose: list[int]) -> None:
     for flash_attn in (False, True):
         stock = Options(
             batch=128, n_ctx=512, flash_attn=flash_attn, type_k="f16", type_v="f16", n_threads=THREADS
@@ -227,7 +227,7 @@ def test_a_shared_prompt_is_read_once(tiny: Model) -> None:
     assert agreed >= 250
 
 
-def test_sequences_at_once_on_the_default_model(smollm2: Model, prose: list[int]) -> None:
+def test_sequences_at_once_on_a_real_model(smollm2: Model, prose: list[int]) -> None:
     spec = ref.Spec(budget=96)
     together = Options(
         spec, buffer=32, batch=64, n_seq=2, n_ctx=1024, type_k="f16", type_v="f16", n_threads=THREADS

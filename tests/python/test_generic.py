@@ -17,7 +17,7 @@ from engine_tools import THREADS, Context, Model
 from llamas import TEXT
 from rpc_client import budget_options, greedy, has_rpc, logged, started
 
-ROPE = ref.Rope(n_rot=64, freq_base=100_000.0)  # the default model's
+ROPE = ref.Rope(n_rot=64, freq_base=100_000.0)  # SmolLM2's
 CLIENT = Path(__file__).with_name("rpc_client.py")
 N = 300
 

@@ -15,7 +15,7 @@ import pexpect
 import pytest
 
 import browser as web
-from cli_tools import default_model, error_line, invoke, make_random_model, talker, terminal
+from cli_tools import error_line, invoke, make_random_model, smollm2, talker, terminal
 from rkv_local import KVBudget, Llama
 from rkv_local.inspect import Recorder, Recording, record
 
@@ -35,7 +35,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
     """Random weights, three layers with two KV heads, SmolLM2's vocabulary."""
     file = tmp_path_factory.mktemp("inspect") / "chatter.gguf"
     shape = {"layers": LAYERS, "heads": 4, "kv_heads": HEADS, "ff": 64, "type": "q4_0"}
-    path = make_random_model(file, tokenizer=default_model(), **shape)
+    path = make_random_model(file, tokenizer=smollm2(), **shape)
     with Llama(path, kv=KV, n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False, n_outputs=1) as made:
         yield made
 

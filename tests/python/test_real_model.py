@@ -1,4 +1,4 @@
-"""Kept sets on the default model's own keys and queries, policies and cache types; and what it costs."""
+"""Kept sets on SmolLM2's own keys and queries, policies and cache types; and what it costs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_first_compaction_in_reference_mode(smollm2: Model, prose: list[int]) ->
     assert sum(0 in rows for rows in kept[True]) >= sum(0 in rows for rows in kept[False])
 
 
-def test_uneven_budgets_on_the_default_model(smollm2: Model, prose: list[int]) -> None:
+def test_uneven_budgets_on_a_real_model(smollm2: Model, prose: list[int]) -> None:
     budgets = [128 + 16 * (il % 5) for il in range(30)]
     spec, tally = ref.Spec(budget=128), ref.Tally()
     options = Options(

@@ -6,6 +6,7 @@
     python3 bootstrap.py --test           set up, then run all tests (arguments go to pytest)
     python3 bootstrap.py --setup          set up only
 
+RKV_TEST_TRAIN=1 installs PyTorch for --test, and with it the tests of models/train run.
 What is up to date is left alone. CMAKE_ARGS goes to the build, as in
 CMAKE_ARGS="-DGGML_CUDA=ON" python3 bootstrap.py
 """
@@ -335,9 +336,10 @@ def dependencies() -> list[str]:
     return [requirement for requirement in listed if not requirement.startswith("llama-cpp-python")]
 
 
-def test_extra() -> list[str]:
+def extra(name: str) -> list[str]:
+    """The requirements of an extra in pyproject.toml, where it stands in one line."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(r"^test = \[(.*)\]$", text, re.MULTILINE)
+    listed = re.search(rf"^{name} = \[(.*)\]$", text, re.MULTILINE)
     assert listed is not None  # tests/python/test_build.py
     return re.findall(r'"([^"]+)"', listed[1])
 
@@ -356,7 +358,9 @@ def set_up() -> None:
 
 
 def run_tests(arguments: list[str]) -> int:
-    once("test", " ".join(test_extra()), lambda: step("test tools", pip(*test_extra())))
+    once("test", " ".join(extra("test")), lambda: step("test tools", pip(*extra("test"))))
+    if os.environ.get("RKV_TEST_TRAIN"):  # PyTorch may be gigabytes
+        once("train", " ".join(extra("train")), lambda: step("PyTorch", pip(*extra("train"))))
     # threads that wait spin by default, and take the cores from each other where other work runs too
     env = {"OMP_WAIT_POLICY": "passive", **os.environ, **build_environment()}
     step("native tests", ["cmake", "--build", str(BUILD), "--target", "rkv-tests"], env)

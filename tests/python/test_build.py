@@ -327,7 +327,8 @@ def test_bootstrap_reads_what_it_needs_from_pyproject(monkeypatch: pytest.Monkey
     import bootstrap
 
     assert any(tool.startswith("scikit-build-core") for tool in bootstrap.build_tools())
-    assert any(tool.startswith("pytest") for tool in bootstrap.test_extra())
+    assert any(tool.startswith("pytest") for tool in bootstrap.extra("test"))
+    assert any(tool.startswith("torch") for tool in bootstrap.extra("train"))
     names = {re.split(r"[=<>]", name)[0] for name in bootstrap.dependencies()}
     wanted = {re.split(r"[=<>;]", name)[0] for name in importlib.metadata.requires("rkv-local") or []
               if "extra" not in name}  # fmt: skip
@@ -372,11 +373,11 @@ def test_bootstrap_shows_progress(monkeypatch: pytest.MonkeyPatch, capfd: pytest
 # --- the libraries at import -----------------------------------------------------------------------------
 
 
-def test_the_wheel_holds_libraries_licenses_and_the_pin() -> None:
+def test_the_wheel_holds_libraries_licenses_model_and_pin() -> None:
     files = {str(path) for path in importlib.metadata.files("rkv-local") or []}
     names = {Path(path).name for path in files}
     library = _lib._library_name()
-    assert {f"rkv_local/lib/{library}", "rkv_local/llama-cpp.pin"} <= files
+    assert {f"rkv_local/lib/{library}", "rkv_local/llama-cpp.pin", "rkv_local/rkv-reasoner.gguf"} <= files
     assert {"LICENSE", "NOTICE", "llama.cpp.txt", "llamafile.txt", "llama-cpp-python.txt"} <= names
     assert any("ggml-base" in path for path in files)
     assert any("ggml-cpu" in path for path in files)

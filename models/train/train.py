@@ -178,9 +178,10 @@ def learning_rate(step: int, a: argparse.Namespace) -> float:
 
 
 def loss_of(model: Reasoner, tokens: Tensor, target: Tensor, pos: Tensor, attend: Any, where: Any) -> Tensor:
-    """Mean cross-entropy of what is learned; tokens, target, pos [n]."""
+    """Mean cross-entropy of what is learned, 0 where nothing is; tokens, target, pos [n]."""
     logits = model.logits(model(tokens, pos, attend, where))
-    return F.cross_entropy(logits.float(), target, ignore_index=-1)
+    total = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum")
+    return total / (target >= 0).sum().clamp(min=1)
 
 
 def attention(starts: NDArray[np.int32], a: argparse.Namespace, device: str) -> tuple[Any, Any]:

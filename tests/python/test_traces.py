@@ -110,7 +110,7 @@ def test_splits_have_other_problems(family: str, kind: str) -> None:
 def solved(question: str) -> int:
     """The answer to a chain's question, from its words alone."""
     number, known = r"(\d+)", dict[str, int]()
-    forms = {
+    forms: dict[str, Any] = {
         rf"(\w+) has {number} \w+": lambda k: int(k),
         rf"(\w+) has {number} more \w+ than (\w+)": lambda k, a: known[a] + int(k),
         rf"(\w+) has {number} fewer \w+ than (\w+)": lambda k, a: known[a] - int(k),

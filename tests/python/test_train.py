@@ -199,7 +199,7 @@ def test_greedy_tokens_are_pytorchs(trained: Trained, tokenizer: Any) -> None:
     for prompt, one, beside in zip(prompts, want, together, strict=True):
         session.clear()
         logits = session.decode({0: prompt})[0]
-        got = []
+        got: list[int] = []
         while len(got) < len(one):
             got.append(int(logits.argmax()))
             logits = session.decode({0: got[-1:]})[0]

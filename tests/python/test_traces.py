@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import traces
-from cli_tools import ROOT
+from cli_tools import ROOT, invoke, terminal
 from rkv_local import Llama
 from rkv_local.chat import Template
 from rkv_local.evals.problems import FAMILIES, KINDS, SPLITS, Problem, problem, problems
@@ -278,10 +279,38 @@ def test_chat_template_makes_the_prompts_of_the_training(tokenizer: Any, reasone
         assert template.open_tag(prompt) == ("<think>", "</think>")
 
 
-def test_first_command_asks_a_problem_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_command_solves_a_problem_in_a_small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     import bootstrap
 
     p = problem("chain", "sparse", "dev", 1)
     assert p.question == bootstrap.QUESTION
-    assert Path(bootstrap.__file__).read_text(encoding="utf-8").count(f"then {p.answer}\n") == 1
+    result = invoke(*bootstrap.DEMO, bootstrap.QUESTION, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["text"].strip() == f"The answer is {p.answer}."
+    assert found["tokens"]["generated"] > 2 * found["kv"]["cells_allocated"]
+    assert found["kv"]["compactions"] > 10
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("run", "hi", "-n", "3"), True), (("run", "reasoner", "hi", "-n", "3"), False), (("chat",), True)],
+)
+def test_terminal_says_that_the_default_model_is_a_demonstration(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: bool
+) -> None:
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # nobody answers where the cursor is
+    child = terminal(*words)
+    if words[0] == "chat":
+        child.expect("Ctrl-D leaves")
+        child.expect("to use another model, name it")
+        child.expect(r">>>[^\n]*\x1b\[\?25h")  # the cursor is shown when the prompt is ready
+        child.send("/bye\r")
+    child.expect(pexpect.EOF)
+    shown = " ".join(child.before.split())
+    if words[0] == "run":
+        assert ("the reasoner is a demonstration" in shown) == told
+        assert "generated 3 tokens" in shown
+    child.close()
+    assert child.exitstatus == 0

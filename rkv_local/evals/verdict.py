@@ -53,6 +53,14 @@ def judged(ours: Row, theirs: Row) -> str:
     return said + (", intervals apart" if separate else ", intervals overlap")
 
 
+def score(both: Sequence[tuple[int, Row, Row]]) -> str:
+    """How often the first was better."""
+    said = [judged(a, b) for _, a, b in both]
+    wins = sum(words.startswith("better") for words in said)
+    clear = sum(words == "better, intervals apart" for words in said)
+    return f"better at {wins} of {len(said)} budgets, with intervals apart at {clear}"
+
+
 def pairs(section: Section, ours: str, theirs: str) -> list[tuple[int, Row, Row]]:
     """(percent, row, row) of the budgets where both were measured."""
     if ours == theirs:
@@ -76,9 +84,7 @@ def verdict(section: Section, default: str, published: str) -> list[str]:
             out.append(
                 f"Of {min(numbers):,} to {max(numbers):,} problems: the tables below say which of how many."
             )
-        wins = sum(line[-1].startswith("better") for line in body)
-        clear = sum(line[-1] == "better, intervals apart" for line in body)
-        out.append(f"Better at {wins} of {len(body)} budgets, with intervals apart at {clear}.")
+        out.append(f"{score(both).capitalize()}.")
     else:
         out.append(
             f"The default policy is {published} itself."
@@ -110,7 +116,7 @@ def headline(sections: Sequence[Section], default: str, published: str) -> str:
             continue
         words = [f"{p} %: {judged(a, b)} ({pct(a['accuracy'])} and {pct(b['accuracy'])})" for p, a, b in both]
         said.append(
-            f"**{kind.capitalize()} problems**, `{default}` against `{published}`: at {'; at '.join(words)}."
+            f"**{kind.capitalize()} problems**: `{default}` is {score(both)}; at {'; at '.join(words)}."
         )
         aims = [
             f"at {p} % ({pct(aim, 0)}): {aimed(section, default, p, aim).lower()}"

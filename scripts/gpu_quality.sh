@@ -68,7 +68,7 @@ stages() {
 if [ "${1:-}" = build ]; then
     shift
     # in this call's OUT, so that its output comes back, too
-    OUT="$OUT" LIMIT=$((LIMIT - RESERVE)) scripts/gpu_report.sh build || exit 1
+    OUT="$OUT" TESTS=no LIMIT=$((LIMIT - RESERVE)) scripts/gpu_report.sh build || exit 1
 fi
 all=$(IFS=,; echo "${*:-all}")
 # the full cache first: budgets are shares of its traces

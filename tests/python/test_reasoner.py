@@ -37,7 +37,7 @@ LONGEST = 1600  # tokens of an answer
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
     with Model(REASONER) as model:
-        setting = Setting(threads=default_threads(), flash_attn=True)
+        setting = Setting(threads=default_threads(), flash_attn=False)
         yield Runner(model, Store(), setting, "rkv-reasoner", parallel=20, max_tokens=LONGEST)
 
 

@@ -45,8 +45,8 @@ From the repository's root, in its environment (`python3 bootstrap.py`, then
 ```
 
 Problems are numbers 0, 1, 2 ... of the final seeds, in equal parts of {families}. Shares of the mean trace
-are of that of the first {base} problems of a kind. On GPUs: `scripts/gpu_quality.sh`. [evals.md](evals.md) says
-how each thing is measured.
+are of that of the first {base} problems of a kind. On GPUs: `scripts/gpu_quality.sh`. How things are measured:
+[evals.md](evals.md).
 """
 BASE = 200  # the problems of a kind whose mean trace budgets are shares of
 

@@ -45,6 +45,7 @@ class Worker:
         self._models: dict[str, Runner] = {}
         self._rates: dict[str, float] = {}  # tokens a second by kind of task
         self._questions: dict[str, Item] | None = None
+        self._tasks: dict[tuple[str, int], Task] = {}
 
     def close(self) -> None:
         """Free the models."""
@@ -90,23 +91,40 @@ class Worker:
             source, (n_texts, length, n_facts) = texts.source(self.args.text), self.args.needles
             lengths = [len(runner.model.tokenize(p + "\n\n", start=False)) for p in source.paragraphs()]
             return texts.needles(source, lengths, length, n_facts, n_texts)
-        families = [name.strip() for name in self.args.families.split(",")]
+        if (job.task, n) not in self._tasks:
+            self._tasks[job.task, n] = self.problems(job.task, n)
+        return self._tasks[job.task, n]
+
+    def problems(self, kind: str, n: int) -> Task:
+        """n problems of a kind. Raises ValueError where the file of questions has fewer."""
         if self.args.questions is None:
-            return reason_task(job.task, families, "final", n)
+            return reason_task(kind, self.families, "final", n)
         if self._questions is None:
             self._questions = read_questions(self.args.questions)
-        # as reason_task() has them, but from the file
-        items = []
-        for i, family in enumerate(families):
-            for number in range(n // len(families) + (i < n % len(families))):
-                id = f"{family}/{job.task}/final/{number}"
-                if id not in self._questions:
-                    raise ValueError(
-                        f"{self.args.questions} has no problem {id}: make it with more --n-problems"
-                    )
-                items.append(self._questions[id])
-        name = {"task": "reason", "kind": job.task, "families": families, "split": "final"}
-        return Task(name, f"{job.task} ({', '.join(families)}; final)", [Group(items)])
+        for id in self.ids(kind, n):
+            if id not in self._questions:
+                raise ValueError(f"{self.args.questions} has no problem {id}: make it with more --n-problems")
+        return self.named(kind, [self._questions[id] for id in self.ids(kind, n)])
+
+    @property
+    def families(self) -> list[str]:
+        """Of the reasoner's problems."""
+        return [name.strip() for name in self.args.families.split(",")]
+
+    def ids(self, kind: str, n: int) -> list[str]:
+        """The ids of n problems of a kind, as reason_task() has them."""
+        names = self.families
+        shares = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
+        return [
+            f"{name}/{kind}/final/{i}"
+            for name, share in zip(names, shares, strict=True)
+            for i in range(share)
+        ]
+
+    def named(self, kind: str, items: Sequence[Item]) -> Task:
+        """A task of the name that reason_task() gives."""
+        name = {"task": "reason", "kind": kind, "families": self.families, "split": "final"}
+        return Task(name, f"{kind} ({', '.join(self.families)}; final)", [Group(items)])
 
     def budget(self, job: Job, runner: Runner, cells: int) -> KVBudget | None:
         """A job's budget of so many cells. Raises ValueError where the policy cannot have it."""
@@ -118,17 +136,24 @@ class Worker:
         return KVBudget(budget=cells, policy=job.policy, **more)
 
     def cells(self, job: Job, runner: Runner) -> int:
-        """Cells of a share of the mean trace. Raises ValueError where a shard does not know it."""
+        """Cells of a share of the mean trace: of `base` problems, or of those that there are.
+
+        Raises:
+            ValueError: a shard does not know it.
+        """
         assert job.percent is not None
-        n = min(self.args.n_problems, self.base)
-        task = self.task(job, runner, n)
         f16 = replace(runner, setting=replace(runner.setting, type_k="f16", type_v="f16"))
-        if self.args.shard[1] > 1 and self.store.mean_trace(f16.config(task.name, None), task.ids) is None:
+        n = min(self.args.n_problems, self.base)
+        for wanted in (self.base, n):
+            known = self.named(job.task, [Item(id, "", "") for id in self.ids(job.task, wanted)])
+            if self.store.mean_trace(f16.config(known.name, None), known.ids) is not None:
+                return runner.cells(known, job.percent)
+        if self.args.shard[1] > 1:
             raise ValueError(
                 f"the full cache's results on {n:,} {job.task} problems are needed: run stage full first, "
                 "and give its file with --known"
             )
-        return runner.cells(task, job.percent)
+        return runner.cells(self.task(job, runner, n), job.percent)
 
     def do(self, job: Job) -> str:
         """One job; what came out, in words, or "" where nothing was to be done."""
@@ -220,6 +245,10 @@ def one(worker: Worker, job: Job, label: str) -> None:
         worker.failed += 1
         say(f"{label}: error: {err}")
     except ValueError as err:
+        if job.calibrated:  # there is no calibration
+            worker.failed += 1
+            say(f"{label}: error: {err}")
+            return
         if not str(err).startswith(("budget is", "pin is")):
             raise
         say(f"{label}: left out: {err}")

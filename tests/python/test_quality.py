@@ -168,6 +168,28 @@ def test_shards_need_what_budgets_are_shares_of(tmp_path: Path, capsys: pytest.C
     assert [r["problems"] for r in rows(merged[0], third) if r["kv"] is None] == [3, 3]
 
 
+def test_budgets_stay_what_they_are_when_problems_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.jsonl"
+    monkeypatch.setattr(quality, "BASE", 3)
+    assert run(out, "full", n=5) == 0
+    # the last two problems had other traces
+    data = [line.replace(b'"n":300', b'"n":900') if b"final/1" in line else line for line in lines_of(out)]
+    out.write_bytes(b"".join(data))
+    for n in (1, 4):
+        assert run(out, "core", n=n) == 0
+        found = rows(out)
+        budgets = {r["asked_percent"]: r["budget"] for r in found if what(r)[:2] == ("dense", PUBLISHED)}
+        mean = (300 + 900 + 300) / 3  # chain 0 and 1, digits 0
+        assert budgets == {p: round(mean * p / 100) for p in (10, 16, 25, 34)}
+        assert {r["problems"] for r in found if r["kv"]} == {n}
+
+
+def lines_of(file: Path) -> list[bytes]:
+    return file.read_bytes().splitlines(keepends=True)
+
+
 def test_a_job_that_cannot_be_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "r.jsonl", "edges", "-n", "80", n=1) == 0
     err = capsys.readouterr().err

@@ -45,7 +45,7 @@ From the repository's root, in its environment (`python3 bootstrap.py`, then
 ```
 
 Problems are numbers 0, 1, 2 ... of the final seeds, in equal parts of {families}. Shares of the mean trace
-are of that of the first {base} problems of a kind. On GPUs: `scripts/gpu_quality.sh`. How things are measured:
+are of that of the first {base} problems of a kind. On GPUs: `scripts/gpu_quality.sh`. Methods:
 [evals.md](evals.md).
 """
 BASE = 200  # the problems of a kind whose mean trace budgets are shares of

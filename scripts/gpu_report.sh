@@ -9,6 +9,7 @@
 # MODEL    the model of phase `greedy` (default: smollm2)
 # PARTS    of the benchmark, e.g. "one many" (default: all but 402, which phase many512 runs in a build of its own)
 # CASES    parts of names of the cases that racecheck and initcheck run over, between commas (default: the whole table)
+# TESTS    no: `build` leaves out the test programs (parity and sanitize need them)
 # LIMIT    seconds that a single check may take (default: no limit)
 # RKV_LLAMA_CPP_SOURCE   a llama.cpp tree instead of the pinned archive
 set -uo pipefail
@@ -37,7 +38,7 @@ build() {
     export CMAKE_ARGS="-DLLAMA_BUILD=OFF -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_ARCHITECTURES=${arch}-real ${CMAKE_ARGS:-}"
     check build-tools "${pip[@]}" "scikit-build-core>=1.1" "unidiff>=0.7.5" gguf
     check build "${pip[@]}" .
-    check build-tests cmake --build build/py3-none-* --target rkv-tests test-backend-ops
+    [ "${TESTS:-yes}" = no ] || check build-tests cmake --build build/py3-none-* --target rkv-tests test-backend-ops
 }
 
 tests() { ls build/py3-none-*/"$1"; }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Plots, main_variants, title
+from .report import Plots
 from .summary import Row, Section, column, sections
+from .tables import main_variants, title
 
-__all__ = ["available", "draw"]
+__all__ = ["available", "draw", "paths"]
 
 
 def available() -> bool:
@@ -35,8 +36,23 @@ def draw(rows: Sequence[Row], folder: Path, page: Path | None = None) -> Plots:
     # the same file for the same data, and text that stays text
     matplotlib.rcParams.update({"svg.hashsalt": "rkv-local", "svg.fonttype": "none", "font.size": 9})
     folder.mkdir(parents=True, exist_ok=True)
+    for section, name, _, make in figures(rows):
+        save(make(section), folder / name)
+    return paths(rows, folder, page)
+
+
+def paths(rows: Sequence[Row], folder: Path, page: Path | None = None) -> Plots:
+    """What draw() tells, without drawing."""
     found: Plots = {}
     start = page.parent if page else Path()
+    for section, name, what, _ in figures(rows):
+        path = Path(os.path.relpath(folder / name, start)).as_posix()
+        found.setdefault(title(section), []).append((what, path))
+    return found
+
+
+def figures(rows: Sequence[Row]) -> Iterator[tuple[Section, str, str, Any]]:
+    """(section, file name, what it shows, what draws it) of every plot."""
     for section in sections(rows):
         if not section.columns:
             continue
@@ -45,13 +61,8 @@ def draw(rows: Sequence[Row], folder: Path, page: Path | None = None) -> Plots:
             str(section.task.get("kind", "")),
             hashlib.sha256(title(section).encode()).hexdigest()[:6],
         ]
-        name = "-".join(filter(None, words))
         for what, suffix, make in kinds(section):
-            path = folder / f"{name}-{suffix}.svg"
-            save(make(section), path)
-            relative = os.path.relpath(path, start or ".")
-            found.setdefault(title(section), []).append((what, Path(relative).as_posix()))
-    return found
+            yield section, f"{'-'.join(filter(None, words))}-{suffix}.svg", what, make
 
 
 def kinds(section: Section) -> list[tuple[str, str, Any]]:

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,7 +96,10 @@ class Results:
         try:
             key, kind = row["c"], row.get("row")
             if kind == "config":
-                self.configs[key] = Config.of_row(row)
+                config, before = Config.of_row(row), self.configs.get(key)
+                if config.percent is None and before is not None:
+                    config = replace(config, percent=before.percent)
+                self.configs[key] = config
             elif kind == "run":
                 self.runs.setdefault(key, []).append(row)
             elif kind is None and isinstance(row["id"], str):
@@ -131,9 +134,18 @@ class Results:
                 return sum(rows[i]["n"] for i in wanted) / len(wanted)
         return None
 
+    def full_accuracy(self, config: Config) -> float | None:
+        """Share of this configuration's problems that the full cache gets right; None where it lacks some."""
+        ids = self.done(config)
+        for full in self.full(config):
+            rows = self.done(full)
+            if ids and all(i in rows for i in ids):
+                return float(sum(rows[i]["ok"] for i in ids) / len(ids))
+        return None
+
 
 def read(paths: Iterable[Path]) -> Results:
-    """Results of several files (also .gz).
+    """Results of several files (also .gz). A problem that several of them have is that of the last.
 
     Raises:
         ValueError: a file that is absent, or has a line that is no result (but for a last one cut short).
@@ -171,17 +183,25 @@ def _take_all(results: Results, data: bytes, name: str) -> int:
 class Store(Results):
     """Results that are written as they come. path None: kept in memory only.
 
+    known: results of other files, which count as done and are not written.
+
     Raises:
         ValueError: the file has lines that are no results. OSError: it cannot be written. RuntimeError:
             another process is writing to it.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, known: Results | None = None) -> None:
         super().__init__()
         self._file: IO[bytes] | None = None
         self._last = time.monotonic()
-        if path is None:
-            return
+        self._begun: set[str] = set()  # configurations whose line is in the file
+        if path is not None:
+            self._open(path)
+            self._begun |= self.configs.keys()
+        for row in lines(known) if known else ():
+            self.take(row)
+
+    def _open(self, path: Path) -> None:
         if path.suffix == ".gz":
             raise ValueError(f"{path}: results are appended line by line, which .gz does not allow")
         path.touch()
@@ -207,7 +227,8 @@ class Store(Results):
 
     def begin(self, config: Config, run: Row) -> None:
         """A configuration is run (again): what it is, once, and what it runs on."""
-        if config.key not in self.configs:
+        if config.key not in self._begun:
+            self._begun.add(config.key)
             self._append(config.as_row())
         self._append({"row": "run", "c": config.key, **run})
         self._last = time.monotonic()
@@ -251,3 +272,10 @@ def lines(results: Results) -> Iterator[Row]:
         yield config.as_row()
         yield from results.runs.get(key, [])
         yield from results.problems.get(key, {}).values()
+
+
+def packed(results: Results, path: Path) -> None:
+    """Write results to a new file, the same bytes for the same results; packed if its name ends in .gz."""
+    rows = (json.dumps(row, separators=(",", ":"), ensure_ascii=False) for row in lines(results))
+    data = "".join(f"{row}\n" for row in rows).encode("utf-8", errors="replace")
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

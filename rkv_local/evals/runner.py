@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from rkv_local import _native
-from rkv_local.budget import KVBudget
+from rkv_local.budget import CALIBRATED, KVBudget
 from rkv_local.devices import list_devices
 
 from .decode import Batcher, Request
@@ -72,12 +72,19 @@ class Runner:
     stop: Callable[[], bool] = lambda: False
 
     def config(self, task: dict[str, Any], kv: KVBudget | None, percent: float | None = None) -> Config:
-        """The configuration of a task under a budget."""
+        """The configuration of a task under a budget.
+
+        Raises:
+            ValueError: layer budgets are calibrated, and there is no calibration of this model.
+        """
+        fields = kv_fields(self.resolved(kv), self.model.n_layer)
+        if fields and kv is not None and kv.is_calibrated:
+            fields["schedule"] = CALIBRATED
         return Config(
             model=self.name,
             sha256=self.model.sha256,
             task=task,
-            kv=kv_fields(kv, self.model.n_layer),
+            kv=fields,
             type_k=self.setting.type_k,
             type_v=self.setting.type_v,
             max_tokens=self.max_tokens,
@@ -86,11 +93,15 @@ class Runner:
             percent=percent,
         )
 
+    def resolved(self, kv: KVBudget | None) -> KVBudget | None:
+        """With numbers in place of calibrated layer budgets."""
+        return kv.for_model(self.model.path, self.model.n_layer) if kv is not None else None
+
     def context(
         self, config: Config, kv: KVBudget | None, n_ctx: int, n_seq: int, n_outputs: int | None = None
     ) -> Context:
         """A context of this configuration, told to the store."""
-        setting = replace(self.setting, kv=kv, n_ctx=n_ctx, n_seq=n_seq, n_outputs=n_outputs)
+        setting = replace(self.setting, kv=self.resolved(kv), n_ctx=n_ctx, n_seq=n_seq, n_outputs=n_outputs)
         context = Context(self.model, setting)
         try:
             self.store.begin(config, self.about(context))

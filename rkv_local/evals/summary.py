@@ -90,12 +90,14 @@ def answers(results: Results, config: Config) -> Row:
     n, correct = len(rows), sum(r["ok"] for r in rows)
     low, high = wilson(correct, n)
     mean = results.mean_trace(config) if config.task["task"] != "needles" else None
+    full = results.full_accuracy(config)
     made: Row = {
         "problems": n,
         "correct": correct,
         "accuracy": correct / n,
         "low": low,
         "high": high,
+        "full_accuracy": full,
         "mean_tokens": sum(r["n"] for r in rows) / n,
         "max_tokens": max(r["n"] for r in rows),
         "limit_share": sum(r.get("limit", 0) for r in rows) / n,
@@ -186,10 +188,18 @@ class Section:
 
     def find(self, label: str, column_: tuple[int, float], rows: Sequence[Row] | None = None) -> Row | None:
         """The row of a variant and a budget, with f16 keys and values unless rows are given."""
-        for row in self.of_types() if rows is None else rows:
-            if row["variant"] == label and column(row) == column_:
-                return row
-        return None
+        found = [
+            row
+            for row in (self.of_types() if rows is None else rows)
+            if row["variant"] == label and column(row) == column_
+        ]
+        # a share of mean traces that differ a little is two budgets: the one that was measured more
+        return max(found, key=lambda row: row.get("problems", 0), default=None)
+
+    @property
+    def problems(self) -> int:
+        """How many the rows have, at most; 0 where nothing is right or wrong."""
+        return max(row.get("problems", 0) for row in self.rows)
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:

@@ -367,10 +367,15 @@ def test_verdict() -> None:
         ("34 %", "**worse**, intervals apart"),
     ]
     assert "Better at 3 of 4 budgets, with intervals apart at 2." in text
-    assert "Aim at 25 %: 97 % of the full cache's accuracy. 99.7 %: reached." in text
-    assert "Aim at 16 %: 90 % of the full cache's accuracy. 92.6 %: reached." in text
-    assert "25 %: 97 % of the full cache's accuracy. 52.6 %: missed by 44.4 points." in report.page(
-        rows, default="rkv"
+    assert (
+        "**Dense problems**: `latest` is better at 3 of 4 budgets, with intervals apart at 2; at 10 %: "
+        in text
+    )
+    assert "Aim at 25 %: 97 % of the full cache's accuracy. 99.7 % on 400 problems: reached." in text
+    assert "Aim at 16 %: 90 % of the full cache's accuracy. 92.6 % on 400 problems: reached." in text
+    assert (
+        "25 %: 97 % of the full cache's accuracy. 52.6 % on 400 problems: missed by 44.4 points."
+        in report.page(rows, default="rkv")
     )
     assert "The default policy is rkv itself." in report.page(rows, default="rkv")
     assert "snapkv and rkv were not measured" in report.page(rows, default="snapkv")
@@ -380,7 +385,7 @@ def test_tables_of_a_page() -> None:
     store = Store()
     example(store)
     text = report.page(summaries(store))
-    main = table(text, "Right answers, with 95 % intervals:")
+    main = table(text, "Right answers of 400 problems, with 95 % intervals:")
     assert main[0] == [
         "policy",
         "10 % (100 cells)",
@@ -388,16 +393,19 @@ def test_tables_of_a_page() -> None:
         "25 % (250 cells)",
         "34 % (340 cells)",
     ]
-    assert [r[0] for r in main[1:]] == ["rkv", "latest", "MiB a sequence"]
-    assert main[3][1:] == ["1.00"] * 4
+    assert [r[0] for r in main[1:]] == ["rkv", "latest"]
+    assert "Memory of a sequence: 1.00 MiB at 10 % (100 cells), 1.00 MiB at 16 %" in text
     assert main[2][2] == "88.0 % (84.4–90.8)"
-    assert table(text, "**Cache types:**")[1:] == [
-        ["full cache", "–", "q8_0", "95.0 % (92.4–96.7)", "94.8 % (92.1–96.5)", "1.00 MiB"],
-        ["rkv", "25 % (250 cells)", "q8_0", "50.0 % (45.1–54.9)", "50.2 % (45.4–55.1)", "1.00 MiB"],
+    assert "Full cache: 94.8 % (92.1–96.5) [95.0 % (92.4–96.7)]." in text
+    assert table(text, "**Cache type q8_0** (f16 in brackets):") == [
+        ["policy", "25 % (250 cells)"],
+        ["rkv", "50.2 % (45.4–55.1) [50.0 % (45.1–54.9)]"],
     ]
-    assert table(text, "**Ablations:**")[1] == [
-        "rkv", "λ=0.5", "25 % (250 cells)", "50.0 % (45.1–54.9)", "30.0 % (25.7–34.7)",
-    ]  # fmt: skip
+    assert table(text, "**Ablations of rkv:**") == [
+        ["rkv", "25 % (250 cells)"],
+        ["as above", "50.0 % (45.1–54.9)"],
+        ["λ=0.5", "30.0 % (25.7–34.7)"],
+    ]
     assert "380" not in report.page([]) and "There are no results." in report.page([])
 
 
@@ -410,8 +418,10 @@ def test_shared_heads_are_compared_with_heads_of_their_own() -> None:
         filled(store, of, 20 if shared else 200, 400)
     rows = summaries(store)
     text = report.page(rows)
-    found = table(text, "**Per head against one index set")
-    assert found[1] == ["rkv", "250 cells (25 %)", "50.0 % (45.1–54.9)", "5.0 % (3.3–7.6)"]
+    assert table(text, "**One index set for all heads and layers, against one for each:**")[1:] == [
+        ["rkv: each layer and head its own cells", "50.0 % (45.1–54.9)"],
+        ["rkv: one index set for all", "5.0 % (3.3–7.6)"],
+    ]
     assert "Ablations" not in text
 
 

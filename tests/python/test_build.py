@@ -378,6 +378,7 @@ def test_the_wheel_holds_libraries_licenses_model_and_pin() -> None:
     names = {Path(path).name for path in files}
     library = _lib._library_name()
     assert {f"rkv_local/lib/{library}", "rkv_local/llama-cpp.pin", "rkv_local/rkv-reasoner.gguf"} <= files
+    assert "rkv_local/rkv-reasoner.rkv.json" in files
     assert {"LICENSE", "NOTICE", "llama.cpp.txt", "llamafile.txt", "llama-cpp-python.txt"} <= names
     assert any("ggml-base" in path for path in files)
     assert any("ggml-cpu" in path for path in files)

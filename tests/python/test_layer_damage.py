@@ -40,6 +40,14 @@ def test_all_cells_are_dealt_out_and_come_back_from_shares(damage: list[list[flo
         assert share_out(shares_of(cells, 13), sum(cells) // n, 13) == pytest.approx(cells, abs=1)
 
 
+def test_the_reasoner_has_its_budgets_beside_it() -> None:
+    path = resolve("reasoner").path
+    found = KVBudget(380, policy="latest", layer_budgets="calibrated").for_model(path, 10).layer_budgets
+    assert isinstance(found, tuple)
+    assert sum(found) == 3800
+    assert found[3] == max(found) > 4 * max(found[:3] + found[4:])
+
+
 @pytest.mark.slow
 def test_the_reasoner_looks_facts_up_in_one_layer() -> None:
     """Layer 3 loses far more than any other (docs/lab-log.md, 2026-11-28)."""

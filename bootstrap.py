@@ -57,6 +57,7 @@ SOURCES = (
     "patches",
     "rkv_local",
     "models/rkv-reasoner.gguf",
+    "models/rkv-reasoner.rkv.json",
     "LICENSE",
     "NOTICE",
 )

@@ -7,8 +7,7 @@ and heads are ranked together, and each layer gets as many cells as it won.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from . import _native
 from .budget import KVBudget
-from .calibration import Calibration, fingerprint, share_out
+from .calibration import Calibration, share_out
 
 if TYPE_CHECKING:
     from .engine import Llama
@@ -142,23 +141,7 @@ def calibrate(
     shares: list[float | None] = [None] * n_layer
     for layer, share in zip(simulation.layers, np.mean(simulation.shares, axis=0), strict=True):
         shares[layer] = float(share)
-    path = Path(llama.model_path)
-    size, digest = fingerprint(path)
-    from . import __version__
-
-    unused = ("policy", "layer_budgets", "batch")
-    settings = {name: value for name, value in asdict(_plain(kv)).items() if name not in unused}
-    return Calibration(
-        model=path.name.encode("utf-8", "backslashreplace").decode(),
-        bytes=size,
-        fingerprint=digest,
-        policy=kv.policy,
-        settings=settings,
-        shares=tuple(shares),
-        tokens=traces * length,
-        compactions=len(simulation.shares),
-        rkv_local=__version__,
-    )
+    return Calibration.of(llama.model_path, _plain(kv), shares, traces * length, len(simulation.shares))
 
 
 def share_of_wins(scores: Sequence[Floats], slots: int) -> Floats:

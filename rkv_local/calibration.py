@@ -11,7 +11,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .budget import KVBudget
 
 FORMAT, FORMAT_VERSION = "rkv-local calibration", 1
 _HEAD, _CHUNK, _CHUNKS = 4 << 20, 1 << 16, 64  # bytes of a model that its fingerprint is made of
@@ -39,6 +42,32 @@ class Calibration:
     tokens: int
     compactions: int
     rkv_local: str
+
+    @classmethod
+    def of(
+        cls,
+        model: str | os.PathLike[str],
+        kv: KVBudget,
+        shares: Sequence[float | None],
+        tokens: int,
+        compactions: int,
+    ) -> Calibration:
+        """What was measured with `kv` for a model's file. Raises ValueError if the file cannot be read."""
+        from . import __version__
+
+        size, digest = fingerprint(model)
+        unused = ("policy", "layer_budgets", "batch")
+        return cls(
+            model=Path(model).name.encode("utf-8", "backslashreplace").decode(),
+            bytes=size,
+            fingerprint=digest,
+            policy=kv.policy,
+            settings={name: value for name, value in asdict(kv).items() if name not in unused},
+            shares=tuple(shares),
+            tokens=tokens,
+            compactions=compactions,
+            rkv_local=__version__,
+        )
 
     def save(self, path: Path) -> None:
         """Write it, all or nothing. Raises OSError."""

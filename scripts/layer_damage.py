@@ -15,16 +15,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from rkv_local import KVBudget, __version__, _native
+from rkv_local import KVBudget, _native
+from rkv_local.budget import POLICIES
 from rkv_local.calibrate import QUESTIONS
-from rkv_local.calibration import Calibration, fingerprint
+from rkv_local.calibration import Calibration
+from rkv_local.cli import nativelog, ui
 from rkv_local.evals.decode import Batcher, Request
 from rkv_local.evals.divergence import log_softmax
 from rkv_local.evals.model import Context, Model, Setting
@@ -204,7 +206,7 @@ def traces_of(
 
 
 def main() -> None:
-    """Print a table of damages, write the calibration."""
+    """Write the calibration, print a table of damages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -212,7 +214,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the calibration, a .json file")
     parser.add_argument("--prompts", type=Path, help="questions, one per line, instead of ours")
     parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--policy", default="latest")
+    policies = [name for name in POLICIES if name not in ("none", "given")]
+    parser.add_argument("--policy", default="latest", choices=policies)
     parser.add_argument("--length", type=int, default=2560, help="most tokens of a trace")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-t", "--threads", type=int, default=2)
@@ -220,55 +223,39 @@ def main() -> None:
     a = parser.parse_args()
     try:
         kv = KVBudget(a.budget, policy=a.policy)
+        if kv.budget == kv.least_budget:
+            raise ValueError(f"budget is {kv.budget}, must be larger: no layer could have less than another")
         path = resolve(a.model).path
         lines = a.prompts.read_text().splitlines() if a.prompts else QUESTIONS
         questions = [line.strip() for line in lines if line.strip()]
         if not questions:
             raise ValueError(f"there are no prompts in {a.prompts}")
-        with Model(path, a.gpu_layers) as model:
+        nativelog.install(False)
+        state = (0.0, "answering")
+        with ui.progress("layers", lambda: state), Model(path, a.gpu_layers) as model:
             traces = traces_of(model, questions, a.length, a.threads, a.seed)
-            told(f"{len(traces)} traces, {sum(map(len, traces)):,} tokens\n")
             with Context(model, Setting(kv=kv, n_ctx=a.length, threads=a.threads)) as context:
                 layers = list(_native.governed_layers(context.raw))
-            sizes, damage = measure(
-                model,
-                kv,
-                traces,
-                layers,
-                Setting(threads=a.threads),
-                lambda done, total: told(f"\r{done:,}/{total:,} tokens "),
-            )
-        told("\n")
+
+            def read(done: int, total: int) -> None:
+                nonlocal state
+                state = (done / total, f"{done:,}/{total:,} tokens")
+
+            sizes, damage = measure(model, kv, traces, layers, Setting(threads=a.threads), read)
         cells = allocate(sizes, damage, a.budget * len(layers))
         shares: list[float | None] = [None] * model.n_layer
         for layer, share in zip(layers, shares_of(cells, kv.least_budget), strict=True):
             shares[layer] = share
-        size, digest = fingerprint(path)
-        settings = asdict(replace(kv, batch=None))
         compactions = sum((len(t) - s) // kv.buffer for t in traces for s in sizes if len(t) > s)
-        Calibration(
-            model=path.name,
-            bytes=size,
-            fingerprint=digest,
-            policy=a.policy,
-            settings={k: v for k, v in settings.items() if k not in ("policy", "layer_budgets", "batch")},
-            shares=tuple(shares),
-            tokens=sum(map(len, traces)),
-            compactions=compactions,
-            rkv_local=__version__,
-        ).save(a.output)
+        Calibration.of(path, kv, shares, sum(map(len, traces)), compactions).save(a.output)
     except (ValueError, OSError, RuntimeError) as err:
         sys.exit(f"error: {err}")
-    print("| layer | " + " | ".join(f"nats at {s}" for s in sizes) + f" | cells of {a.budget} |")
-    print("|---:|" + "---:|" * (len(sizes) + 1))
-    for layer, row, n in zip(layers, damage, cells, strict=True):
-        shown = " | ".join("-" if np.isnan(x) else f"{x:.5f}" for x in row)
-        print(f"| {layer} | {shown} | {n} |")
-
-
-def told(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, end="", file=sys.stderr, flush=True)
+    head = ["layer", *(f"nats at {s}" for s in sizes), f"cells of {a.budget}"]
+    rows = [
+        [str(layer), *("-" if np.isnan(x) else f"{x:.5f}" for x in row), str(n)]
+        for layer, row, n in zip(layers, damage, cells, strict=True)
+    ]
+    print(ui.markdown_table(head, rows, [True] * len(head)))
 
 
 if __name__ == "__main__":

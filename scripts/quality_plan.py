@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rkv_local.budget import POLICIES, KVBudget
+from rkv_local.evals.problems import KINDS
 from rkv_local.evals.verdict import PUBLISHED, candidate
 
-KINDS = ("dense", "sparse")
 PERCENT = (25, 16, 10, 34)  # of the mean trace, those of the aims first
 EDGES = (5, 54)
 CELLS = (256, 512, 1024, 2048)

@@ -21,7 +21,7 @@ from rkv_local.evals import divergence, texts
 from rkv_local.evals.model import Model, Setting
 from rkv_local.evals.results import Config, Results, Store
 from rkv_local.evals.runner import Progress, Runner, Stopped, device_name
-from rkv_local.evals.tasks import Group, Item, Task, reason_task
+from rkv_local.evals.tasks import Item, Task, named_reason_task, parts, reason_task
 from rkv_local.models import resolve
 
 _NEEDLE_TOKENS = 48  # of an answer
@@ -113,18 +113,11 @@ class Worker:
 
     def ids(self, kind: str, n: int) -> list[str]:
         """The ids of n problems of a kind, as reason_task() has them."""
-        names = self.families
-        shares = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
-        return [
-            f"{name}/{kind}/final/{i}"
-            for name, share in zip(names, shares, strict=True)
-            for i in range(share)
-        ]
+        return [f"{name}/{kind}/final/{i}" for name, share in parts(self.families, n) for i in range(share)]
 
     def named(self, kind: str, items: Sequence[Item]) -> Task:
         """A task of the name that reason_task() gives."""
-        name = {"task": "reason", "kind": kind, "families": self.families, "split": "final"}
-        return Task(name, f"{kind} ({', '.join(self.families)}; final)", [Group(items)])
+        return named_reason_task(kind, self.families, "final", items)
 
     def budget(self, job: Job, runner: Runner, cells: int) -> KVBudget | None:
         """A job's budget of so many cells. Raises ValueError where the policy cannot have it."""

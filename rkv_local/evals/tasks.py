@@ -12,7 +12,7 @@ from typing import Any
 
 from .answers import boxed, final_part, math_equal, math_verifier, mentions, text_equal
 
-__all__ = ["Group", "Item", "Task", "jsonl_task", "reason_task"]
+__all__ = ["Group", "Item", "Task", "jsonl_task", "named_reason_task", "parts", "reason_task"]
 
 SHOWN = 80  # characters of an answer that a result keeps
 INSTRUCTION = "Think step by step and put the final answer into \\boxed{}."
@@ -88,10 +88,25 @@ def reason_task(kind: str, families: Sequence[str], split: str, n: int) -> Task:
     """
     from .problems import problems
 
-    items = []
-    for i, family in enumerate(families):
-        share = n // len(families) + (i < n % len(families))
-        items += [Item(p.id, p.question, p.answer) for p in problems(family, kind, split, share)]
+    return named_reason_task(
+        kind,
+        families,
+        split,
+        [
+            Item(p.id, p.question, p.answer)
+            for family, share in parts(families, n)
+            for p in problems(family, kind, split, share)
+        ],
+    )
+
+
+def parts(families: Sequence[str], n: int) -> list[tuple[str, int]]:
+    """How many of n problems are of each family."""
+    return [(family, n // len(families) + (i < n % len(families))) for i, family in enumerate(families)]
+
+
+def named_reason_task(kind: str, families: Sequence[str], split: str, items: Sequence[Item]) -> Task:
+    """reason_task() of problems made elsewhere."""
     name = {"task": "reason", "kind": kind, "families": list(families), "split": split}
     return Task(name, f"{kind} ({', '.join(families)}; {split})", [Group(items)])
 

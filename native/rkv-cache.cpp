@@ -231,7 +231,7 @@ uint32_t rkv_cache::early_target(uint32_t strm) const {
     if (params.policy != RKV_POLICY_RPC || params.growth < 2) {
         return 0;
     }
-    const uint64_t target = params.window + pin(strm) + ((uint64_t) streams[strm].passes + 1)*params.buffer/params.growth;
+    const uint64_t target = recent(groups.back()) + pin(strm) + ((uint64_t) streams[strm].passes + 1)*params.buffer/params.growth;
     return target < groups.back().budget ? target : 0;
 }
 
@@ -510,10 +510,10 @@ bool rkv_cache::set_pin(llama_seq_id seq_id, uint32_t n) {
     if (s < 0) {
         return rkv_set_error("there is no sequence %d: the context has %u", seq_id, n_stream);
     }
-    const uint32_t most = groups.back().budget - params.window - 1;
+    const uint32_t most = groups.back().budget - recent(groups.back()) - 1;
     if (n > most) {
-        return rkv_set_error("%u pinned cells leave no room in a budget of %u with a window of %u: at most %u", n,
-            groups.back().budget, params.window, most);
+        return rkv_set_error("%u pinned cells leave no room in a budget of %u beside the %u most recent ones: at most %u", n,
+            groups.back().budget, recent(groups.back()), most);
     }
     const bool empty = cells(s).get_used() == 0;
     if (empty) {

@@ -8,6 +8,7 @@
 
 #include "rkv.h"
 #include "rkv-generic.h"
+#include "rkv-init.h"
 #include "rkv-ops.h"
 #include "rkv-rope.h"
 
@@ -153,6 +154,9 @@ public:
     bool      v_transposed() const;
     const llama_hparams & hparams() const;
     uint32_t  group_of(int32_t il) const { return layer_group[il]; }
+
+    // tokens at a sequence's end that all heads of a group's layers keep
+    uint32_t  recent(const group_t & group) const { return rkv_recent(params, group.budget); }
 
     std::vector<group_t>  groups; // [0] is the widest
     std::vector<stream_t> streams;

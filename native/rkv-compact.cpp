@@ -112,7 +112,9 @@ std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer
     if (l.stats) {
         ggml_rkv_score_add_stats(score, l.stats, in.q_pos);
     }
-    ggml_tensor * idx   = ggml_rkv_select   (ctx, score, in.jobs, groups[l.group].budget, &op);
+    rkv_op_params select = op;
+    select.window = recent(groups[l.group]);
+    ggml_tensor * idx   = ggml_rkv_select   (ctx, score, in.jobs, groups[l.group].budget, &select);
 
     std::vector<ggml_tensor *> nodes = { pos, score, idx };
     for (ggml_tensor * view : gathered(ctx, l, v_transposed())) {
@@ -122,7 +124,7 @@ std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer
 }
 
 rkv_generic_layer rkv_cache::generic_layer(const layer_t & l, uint32_t strm) const {
-    return { l.k, l.q, l.pos, l.aux, rkv_needs_rope(params.policy) ? rope_table(l) : nullptr, l.op, l.sinks,
+    return { l.k, l.q, l.pos, l.aux, rkv_needs_rope(params.policy) ? rope_table(l) : nullptr, l.op, recent(groups[l.group]), l.sinks,
         rkv_needs_values(params.policy) ? l.v : nullptr, v_transposed(), l.n_embd_v, l.stats,
         std::vector<int32_t>(streams[strm].ring.begin(), streams[strm].ring.end()) };
 }
@@ -228,7 +230,8 @@ void rkv_cache::write_given(const layer_t & l, uint32_t strm) const {
 
 // The mean over all layers and heads of their scores, each head's with mean 0 and deviation 1, decides for all of them.
 bool rkv_cache::pass_shared(const int32_t * job, const int32_t * new_pos) {
-    const int32_t  n_cand = job[RKV_JOB_END] - job[RKV_JOB_BEGIN] - params.window, pinned = job[RKV_JOB_PIN];
+    const int32_t  n      = job[RKV_JOB_END] - job[RKV_JOB_BEGIN], pinned = job[RKV_JOB_PIN];
+    const int32_t  n_cand = n - params.window, n_recent = recent(groups.front());
     const uint32_t strm   = job[RKV_JOB_STREAM];
     std::vector<double> mean(n_cand, 0.0);
     for (const auto & l : layers) {
@@ -252,15 +255,15 @@ bool rkv_cache::pass_shared(const int32_t * job, const int32_t * new_pos) {
             }
         }
     }
-    const int32_t n_top = job[RKV_JOB_KEEP] - params.window - pinned;
-    std::vector<int32_t> best(n_cand - pinned), rows;
+    const int32_t n_top = job[RKV_JOB_KEEP] - n_recent - pinned;
+    std::vector<int32_t> best(n - n_recent - pinned), rows;
     std::iota(best.begin(), best.end(), pinned);
     std::stable_sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return mean[a] > mean[b]; });
     best.resize(n_top);
     for (int32_t j = 0; j < pinned; ++j) {
         best.push_back(j);
     }
-    for (int32_t j = n_cand; j < n_cand + (int32_t) params.window; ++j) {
+    for (int32_t j = n - n_recent; j < n; ++j) {
         best.push_back(j);
     }
     std::sort(best.begin(), best.end());

@@ -856,7 +856,9 @@ bool rkv_generic::work(ggml_backend_t home, const rkv_generic_layer & layer, con
         z = g.expand(ggml_cont(g(), z));
     }
     ggml_set_output(z->view_src ? z->view_src : z);
-    ggml_tensor * idx = ggml_rkv_select(g(), z, jobs, n_keep, &layer.op);
+    rkv_op_params select = layer.op;
+    select.window = layer.recent;
+    ggml_tensor * idx = ggml_rkv_select(g(), z, jobs, n_keep, &select);
     if (moves) {
         g.expand(idx);
         ggml_set_output(idx);

@@ -31,6 +31,7 @@ struct rkv_generic_layer {
     ggml_tensor * aux;                // or NULL
     const std::vector<float> * rope;  // the table, or NULL
     rkv_op_params op;
+    uint32_t      recent;             // tokens at the end that are kept whatever their score, at least op.window
     ggml_tensor * sinks = nullptr;    // F32 [n_head], or NULL
     ggml_tensor * v = nullptr;        // the cache, where a policy looks at values
     bool          v_trans = false;

@@ -19,6 +19,8 @@
 #include <stdexcept>
 #include <string>
 
+static constexpr uint32_t LATEST_RECENT = 96; // docs/design.md
+
 static thread_local std::string last_error;
 static thread_local std::unique_ptr<rkv_pending> pending;
 
@@ -38,7 +40,7 @@ rkv_pending * rkv_pending_get() { return pending.get(); }
 
 rkv_params rkv_default_params() {
     rkv_params p = {};
-    p.policy    = RKV_POLICY_RKV;
+    p.policy    = RKV_POLICY_LATEST;
     p.budget    = 1024;
     p.buffer    = 128;
     p.window    = 8;
@@ -51,6 +53,12 @@ rkv_params rkv_default_params() {
     p.growth    = 4;
     p.value_share = 0.1f;
     return p;
+}
+
+uint32_t rkv_recent(const rkv_params & p, uint32_t budget) {
+    const uint32_t wanted = p.recent > 0 ? p.recent : p.policy == RKV_POLICY_LATEST ? LATEST_RECENT : 0;
+    const uint32_t room   = budget - std::min(budget, p.pin + 1);
+    return std::max(p.window, std::min({ wanted, budget/2, room }));
 }
 
 rkv_op_params rkv_policy_op(const rkv_params & p) {
@@ -127,6 +135,9 @@ bool rkv_params_check(const rkv_params * params) {
     }
     if (p.chunk > RKV_MAX_CHUNK) {
         return rkv_set_error("chunk must be 1 to %d cells, or 0 for the policy's own, not %u", RKV_MAX_CHUNK, p.chunk);
+    }
+    if (p.recent > RKV_MAX_RECENT) {
+        return rkv_set_error("recent must be 1 to %d tokens, or 0 for the policy's own, not %u", RKV_MAX_RECENT, p.recent);
     }
     if (p.growth < 1 || p.growth > 1u << 20) {
         return rkv_set_error("growth must be 1 to %u, not %u", 1u << 20, p.growth);

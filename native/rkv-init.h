@@ -32,6 +32,9 @@ struct rkv_pending {
 
 rkv_pending * rkv_pending_get(); // NULL where none is pending
 
+// Tokens at the end of a sequence that a layer of this budget always keeps.
+uint32_t rkv_recent(const rkv_params & params, uint32_t budget);
+
 rkv_op_params rkv_policy_op(const rkv_params & params); // what they say about an op; the layer's share is 0
 
 // the budget of a context's cache, NULL where there is none

@@ -19,6 +19,7 @@ extern "C" {
 #define RKV_MAX_WINDOW 64
 #define RKV_MAX_AUX    4 // similarities
 #define RKV_MAX_CHUNK  4096
+#define RKV_MAX_RECENT 4096
 
 enum rkv_sub_op {
     RKV_SUB_OP_POSITIONS = 0, // true positions of the cells that were added since the last compaction

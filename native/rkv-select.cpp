@@ -140,7 +140,9 @@ int32_t rkv_select(const rkv_select_args * args, int32_t * idx, float * score) {
     if (stats) {
         ggml_rkv_score_add_stats(z, stats, q_pos);
     }
-    ggml_tensor * sel = ggml_rkv_select(ctx.get(), z, jobs, n_keep, &op);
+    rkv_op_params select = op;
+    select.window = rkv_recent(a.params, a.params.budget);
+    ggml_tensor * sel = ggml_rkv_select(ctx.get(), z, jobs, n_keep, &select);
     ggml_cgraph * gf  = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(gf, sel);
 

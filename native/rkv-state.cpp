@@ -24,7 +24,7 @@
 #include <stdexcept>
 
 static constexpr uint32_t STATE_MAGIC   = 0x53564b52; // "RKVS"
-static constexpr uint32_t STATE_VERSION = 2;
+static constexpr uint32_t STATE_VERSION = 3;
 static constexpr uint32_t MAX_TEXT      = 4096;       // of one line of the header
 
 namespace {
@@ -198,6 +198,7 @@ std::vector<std::pair<std::string, std::string>> rkv_cache::state_traits() const
     add("a budget of", by_layer(layers, [&](const layer_t & l) { return std::to_string(groups[l.group].budget); }) + " cells");
     add("a buffer of", std::to_string(params.buffer) + " tokens");
     add("a window of", std::to_string(params.window) + " tokens");
+    add("recent",      by_layer(layers, [&](const layer_t & l) { return std::to_string(recent(groups[l.group])); }) + " tokens");
     add("pin",         std::to_string(params.pin));
     add("pool",        std::to_string(params.pool));
     add("lambda",      number(params.lambda));
@@ -397,7 +398,7 @@ void rkv_cache::read_stream(llama_io_read_i & io, uint32_t strm) {
         if (end <= n_start || st.old_end > end || (st.old_end == 0 && first < n_start) || (st.old_end > 0 && st.old_end <= n_start)) {
             damaged("its rows are out of range");
         }
-        if (st.pin < -1 || st.pin > (int64_t) (groups.back().budget - params.window - 1)) {
+        if (st.pin < -1 || st.pin > (int64_t) (groups.back().budget - recent(groups.back()) - 1)) {
             damaged("its pinned cells are out of range");
         }
         if (compacted > 1 || (st.compacted && st.old_end == 0) || st.exact < 0) {

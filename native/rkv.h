@@ -4,8 +4,8 @@
 // with a budget is an ordinary llama_context and is decoded, sampled and freed in the ordinary way.
 //
 // Words. budget B: cells that a sequence keeps after a compaction. buffer S: tokens admitted between two
-// compactions. window: the most recent tokens, which are always kept and whose queries judge importance.
-// pin: the first tokens of a sequence, which are never evicted. cells: what is allocated per sequence and
+// compactions. window: the most recent tokens, which are always kept and whose queries judge importance. recent: more
+// of them that are always kept, too. pin: the first tokens of a sequence, which are never evicted. cells: what is allocated per sequence and
 // layer, B + max(S, n_batch_seq). n_ctx: the logical limit on positions; it does not size the cache.
 
 #pragma once
@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // Bumped whenever a struct or a function below changes; rkv_version() returns the library's.
-#define RKV_VERSION 3
+#define RKV_VERSION 4
 
 // All counts are in cells (= tokens).
 struct rkv_params {
@@ -39,6 +39,8 @@ struct rkv_params {
                           // 0 = none; negative = the policy's own, 0.8 for gkv and none for the others
     uint32_t chunk;       // chunkkv: adjacent cells that are kept or dropped together; lagkv: cells of a chunk. 0 = the policy's
                           // own, 10 and 128
+    uint32_t recent;      // the most recent tokens that are always kept, window among them; of a layer's budget at most half,
+                          // but at least the window. 0 = the policy's own, 96 for latest and the window for the others
     uint32_t growth;      // rpc: of the tokens of each buffer one in `growth` is kept, until the budget is reached; 1 = all
     float    value_share; // value-aware: the share of the cells that are kept for the length of their values, 0..1
     uint32_t seed;        // value-aware: of its samples
@@ -51,7 +53,7 @@ struct rkv_params {
     uint32_t       n_layer_budgets;
 };
 
-// rkv, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5, n_sim 1, memory and chunk the policy's own,
+// latest, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5, n_sim 1; memory, chunk and recent the policy's own,
 // growth 4, value_share 0.1, seed 0. The papers' other values are up to the caller: gkv lambda 0.5 and pool 1, rpc window
 // 32 and the prompt pinned, chunkkv pool 1.
 LLAMA_API struct rkv_params rkv_default_params(void);
@@ -117,7 +119,7 @@ LLAMA_API int32_t rkv_seq_room(const struct llama_context * ctx, llama_seq_id se
 LLAMA_API bool rkv_seq_compact(struct llama_context * ctx, llama_seq_id seq_id);
 
 // The first n tokens of a sequence are never evicted, from now on and until it is cleared: then params.pin is. At most
-// what the narrowest layer's budget leaves beside the window and one cell. false, with rkv_last_error(), on a bad argument,
+// what the narrowest layer's budget leaves beside its most recent tokens and one cell. false, with rkv_last_error(), on a bad argument,
 // or where the sequence was compacted and n is more than was pinned.
 LLAMA_API bool rkv_seq_pin(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n);
 

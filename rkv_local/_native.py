@@ -124,6 +124,7 @@ def params(kv: KVBudget, n_layer: int | None = None) -> RkvParams:
         n_sim=kv.n_sim,
         memory=kv.memory,
         chunk=kv.chunk,
+        recent=max(kv.recent, kv.window),
         growth=kv.growth,
         value_share=kv.value_share,
         seed=kv.seed,

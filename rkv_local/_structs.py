@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 # The RKV_VERSION that these structs mirror.
-RKV_VERSION = 3
+RKV_VERSION = 4
 
 float_p = ctypes.POINTER(ctypes.c_float)
 int_p = ctypes.POINTER(ctypes.c_int32)
@@ -28,6 +28,7 @@ class RkvParams(ctypes.Structure):
         ("n_sim", ctypes.c_uint32),
         ("memory", ctypes.c_float),
         ("chunk", ctypes.c_uint32),
+        ("recent", ctypes.c_uint32),
         ("growth", ctypes.c_uint32),
         ("value_share", ctypes.c_float),
         ("seed", ctypes.c_uint32),

@@ -39,12 +39,14 @@ POLICIES: dict[str, str] = {
 
 # What a policy takes where nothing else is said, beside the defaults of KVBudget.
 POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "latest": {"recent": 96},
     "gkv": {"lam": 0.5, "pool": 1, "memory": 0.8},
     "rpc": {"window": 32, "pin": "prompt"},
     "chunkkv": {"pool": 1, "chunk": 10},
     "lagkv": {"chunk": 128},
 }
 _DEFAULTS: dict[str, Any] = {"window": 8, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
+_DEFAULTS["recent"] = 0  # the window
 _OWN: Any = None  # the policy's own default
 
 SCHEDULES: dict[str, str] = {
@@ -52,6 +54,7 @@ SCHEDULES: dict[str, str] = {
     "pyramid": "wide first layers, narrow last ones, linear in between (PyramidKV, arXiv 2406.02069)",
 }
 CALIBRATED = "calibrated"  # or the name of a calibration's file, see calibration.py
+BY_ITSELF = "latest"  # the policy whose layer budgets are calibrated without being asked
 
 # PyramidKV's beta: the last layer keeps 1/20 of the average (section 4.2 of the paper).
 _PYRAMID_BETA = 20
@@ -61,6 +64,7 @@ _MAX_TOKENS = 2**20  # buffer, batch
 _MAX_WINDOW = 64
 _MAX_POOL = 255
 _MAX_CHUNK = 4096
+_MAX_RECENT = 4096
 _SINKS = 4  # pinned where pin is "prompt" and no prompt has been seen
 
 
@@ -71,9 +75,11 @@ class KVBudget:
     Args:
         budget: B, cells that a sequence keeps after a compaction; window and pinned cells are inside it.
         buffer: S, tokens admitted between two compactions.
-        window: the most recent tokens, always kept; their queries judge importance (1 to 64). Like lam, pin,
-            pool, memory and chunk it has a default of its own under some policies: POLICY_DEFAULTS.
+        window: the most recent tokens, always kept; their queries judge importance (1 to 64). Like recent,
+            lam, pin, pool, memory and chunk it has a default of its own under some policies: POLICY_DEFAULTS.
         policy: a key of POLICIES.
+        recent: the most recent tokens that are kept whatever their score, the window among them; in each
+            layer at most half of its budget, but at least the window. 0: the window; at most 4096.
         lam: weight of importance against redundancy, 0 to 1 (the paper's lambda).
         pin: the first tokens of a sequence, never evicted; at most budget - window - 1. "prompt": of each
             sequence its first prompt, or the first budget // 2 tokens of a longer one.
@@ -88,8 +94,9 @@ class KVBudget:
         shared_heads: one set of cells for all layers and heads, by the mean of their scores; to compare with.
         reference: `rkv` only: a key without a copy zeroes column 0, as the authors' code does.
         batch: most tokens of one sequence in one decode; None stands for max(buffer, 256).
-        layer_budgets: None, a key of SCHEDULES, "calibrated" (by the file beside the model), the name of such
-            a file (.json), or one budget per layer, each at least window + pin + 1.
+        layer_budgets: a key of SCHEDULES, "calibrated" (by the file beside the model), the name of such a
+            file (.json), or one budget per layer, each at least window + pin + 1. None: with policy `latest`
+            calibrated if there is a file beside the model, else uniform.
 
     Raises:
         ValueError: a value out of range; one line with the field, the value and what is allowed.
@@ -98,7 +105,7 @@ class KVBudget:
     budget: int = 1024
     buffer: int = 128
     window: int = _OWN
-    policy: str = "rkv"
+    policy: str = "latest"
     lam: float = _OWN
     pin: int | str = _OWN
     pool: int = _OWN
@@ -112,6 +119,7 @@ class KVBudget:
     shared_heads: bool = False
     reference: bool = False
     batch: int | None = None
+    recent: int = _OWN
     layer_budgets: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +138,7 @@ class KVBudget:
                 raise ValueError(f"pin is {self.pin!r}, must be a number of tokens or 'prompt'")
             self._set("pin", _integer("pin", self.pin, 0, self.budget - self.window - 1, why))
         self._set("buffer", _integer("buffer", self.buffer, 1, _MAX_TOKENS))
+        self._set("recent", _integer("recent", self.recent, 0, _MAX_RECENT))
         self._set("pool", _integer("pool", self.pool, 1, _MAX_POOL))
         if self.pool % 2 == 0:
             raise ValueError(f"pool is {self.pool}, must be odd (1 is no pooling)")
@@ -207,12 +216,16 @@ class KVBudget:
         """First tokens that are never evicted where no prompt has been seen."""
         return min(_SINKS, self.budget - self.window - 1) if isinstance(self.pin, str) else self.pin
 
+    def recent_of(self, budget: int) -> int:
+        """The most recent tokens that a layer of so many cells always keeps (native/rkv-init.cpp)."""
+        return max(self.window, min(self.recent, budget // 2, budget - self.n_pin - 1))
+
     def prompt_pin(self, n_tokens: int, n_layer: int = 1) -> int | None:
         """Tokens to pin of a sequence that begins with a prompt of n_tokens; None: as it is."""
         if self.pin != "prompt":
             return None
         least = min(self.budgets(n_layer))
-        return min(n_tokens, self.budget // 2, least - self.window - 1)
+        return min(n_tokens, self.budget // 2, least - self.recent_of(least) - 1)
 
     @property
     def n_aux(self) -> int:
@@ -260,11 +273,20 @@ class KVBudget:
         Raises:
             ValueError: there is no calibration, it is damaged, or of another model.
         """
-        if not self.is_calibrated or not self.active:
-            return self
-        from .calibration import layer_budgets
+        from .calibration import beside, layer_budgets
 
-        found = layer_budgets(model, str(self.layer_budgets), self.budget, self.least_budget, n_layer)
+        given = self.layer_budgets
+        if given is None and self.policy == BY_ITSELF and not self.shared_heads and beside(model).is_file():
+            given = CALIBRATED
+        if not self.active or not isinstance(given, str) or given in SCHEDULES:
+            return self
+        try:
+            found = layer_budgets(model, given, self.budget, self.least_budget, n_layer)
+        except ValueError as err:
+            if self.layer_budgets is not None:
+                raise
+            without = "layer_budgets='uniform' (--kv-layer-budgets uniform) goes without"
+            raise ValueError(f"{err}; {without}") from None
         return replace(self, layer_budgets=tuple(found))
 
     def cells(self, n_layer: int, n_ctx: int | None = None) -> list[int]:

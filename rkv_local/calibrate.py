@@ -1,29 +1,37 @@
-"""How the cells should be shared out over a model's layers: measured while it reasons with a full cache.
+"""Which of a model's layers can do with few cells: each is tried by itself, while all others keep everything.
 
-Evictions are simulated beside it, with the model's own keys and queries: at each one the scores of all layers
-and heads are ranked together, and each layer gets as many cells as it won.
+The model answers questions with a full cache. It then reads these traces again, once for each layer with few
+cells in that one alone. How far the next token's distribution moves is the layer's damage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
 from .budget import KVBudget
-from .calibration import Calibration, share_out
+from .calibration import Calibration, Curve
+from .evals.decode import Batcher, Request
+from .evals.model import Context, Model, Setting, Tokens
+from .evals.runner import Stopped
 
 if TYPE_CHECKING:
-    from .engine import Llama
+    from numpy.typing import NDArray
 
-__all__ = ["QUESTIONS", "RANKINGS", "calibrate", "full_cache", "share_of_wins"]
+__all__ = ["QUESTIONS", "SIZES", "Stopped", "Trace", "calibrate", "measure", "sizes_for", "traces_of"]
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int32]
+
+SIZES = (32, 48, 72, 108, 162, 243, 364, 547, 820, 1230, 1845, 2768)  # cells that are tried
+SMALL = 0.001  # a layer with less than this share of the largest damage is not tried with more cells
+_TOP = 256  # likeliest tokens that are told apart; the others are taken together
 
 QUESTIONS = (
     "A farm has 17 hens, 5 goats and twice as many sheep as goats. Each hen lays 4 eggs a week, and every"
@@ -46,210 +54,246 @@ QUESTIONS = (
 )
 
 
-RANKINGS = ("latest", "rkv", "snapkv")  # policies whose scores come from keys and the window's queries alone
+class Trace(NamedTuple):
+    """What is read: a prompt of n_prompt tokens and its answer."""
 
-
-def _plain(kv: KVBudget) -> KVBudget:
-    """A policy in RANKINGS with what decides its scores, and nothing else of a budget."""
-    if kv.policy not in RANKINGS:
-        raise ValueError(f"policy is {kv.policy}, must be one of {', '.join(RANKINGS)} to compare layers by")
-    if kv.pin == "prompt":
-        raise ValueError("pin is 'prompt', must be a number to calibrate with")
-    names = ("budget", "buffer", "window", "policy", "lam", "pin", "pool", "threshold", "n_sim", "reference")
-    return KVBudget(**{name: getattr(kv, name) for name in names})
-
-
-def full_cache(kv: KVBudget, length: int) -> KVBudget:
-    """The budget to make a Llama with, which calibrate() then watches: nothing of `length` tokens is evicted.
-
-    Raises:
-        ValueError: they are too few for an eviction with `kv`, or its policy is none of RANKINGS.
-    """
-    if length < kv.budget + 2 * kv.buffer:
-        raise ValueError(
-            f"length is {length}, must be at least {kv.budget + 2 * kv.buffer} with budget {kv.budget} and "
-            f"buffer {kv.buffer}"
-        )
-    return replace(_plain(kv), budget=length, batch=kv.buffer)
+    tokens: Tokens
+    n_prompt: int
 
 
 def calibrate(
-    llama: Llama,
+    model: Model,
     kv: KVBudget,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tokens],
     n_tokens: int = 4096,
     *,
+    length: int = 2048,
+    temp: float = 0.8,
     seed: int = 0,
+    setting: Setting | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **sampling: Any,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Calibration:
-    """Let a model answer prompts, and measure the share of the cells that each layer would win.
+    """Let a model answer prompts, and measure the damage that few cells do to each of its layers.
 
     Args:
-        llama: made with `kv=full_cache(kv, length)`; its cache is emptied. A trace has `length` tokens: where
-            the model ends an answer, the next prompt follows it.
-        kv: a policy of RANKINGS and the sizes to measure for; layer_budgets are not used.
-        prompts: tokens, with the chat template. They are used in turn, each trace starting at another one.
-        n_tokens: tokens in all, rounded to whole traces.
-        seed: of the first answer; each other one has the next.
-        progress: called with the tokens done and in all, after each decode.
-        **sampling: temp, top_k, ... as for Llama.generate.
+        kv: the policy that chooses the cells, and its parameters; budget and layer_budgets are not used.
+        prompts: tokens, with the chat template. They are answered in turn.
+        n_tokens: of all traces; the last one is cut there.
+        length: most tokens of a trace.
+        temp, seed: of the answers.
+        setting: threads, cache types and so on.
+        progress: called with the tokens generated and read, and about how many there will be.
+        stop: asked after every decode.
 
     Raises:
-        ValueError: a Llama with another budget, or no prompts. RKVError: the engine's reason.
+        ValueError: no prompts, or one that is too long; answers that are too short; a policy that chooses
+            nothing. RKVError, RuntimeError: the engine refuses. Stopped: `stop` was true.
     """
-    length = llama.kv.budget if llama.kv is not None else 0
-    if llama.kv != full_cache(kv, max(length, kv.budget + 2 * kv.buffer)):
-        raise ValueError("the Llama must be made with kv=full_cache(kv, length)")
+    sizes_for(kv, length)
+    told = progress or (lambda done, about: None)
+    traces = traces_of(
+        model,
+        prompts,
+        n_tokens,
+        length=length,
+        temp=temp,
+        seed=seed,
+        setting=setting,
+        progress=lambda done: told(done, n_tokens * (2 + model.n_layer)),
+        stop=stop,
+    )
+    n = sum(len(trace.tokens) for trace in traces)
+    sizes, damage = measure(model, kv, traces, setting, lambda done, about: told(n + done, n + about), stop)
+    return Calibration.of(model.path, kv, sizes, damage, n)
+
+
+def sizes_for(kv: KVBudget, longest: int) -> list[int]:
+    """Those of SIZES that can be tried on traces of which the longest has so many tokens.
+
+    Raises:
+        ValueError: none can, or the policy evicts nothing by itself.
+    """
+    if kv.policy in ("none", "given"):
+        raise ValueError(f"policy is {kv.policy}, must be one that chooses cells by itself")
+    possible = [size for size in SIZES if size >= kv.least_budget]
+    if not possible:
+        raise ValueError(f"window and pin are {kv.least_budget - 1} tokens, must be less than {SIZES[-1]:,}")
+    least = possible[0] + 2 * kv.buffer
+    if longest < least:
+        raise ValueError(f"length is {longest:,}, must be at least {least:,} with buffer {kv.buffer:,}")
+    return [size for size in possible if size + 2 * kv.buffer <= longest]
+
+
+def traces_of(
+    model: Model,
+    prompts: Sequence[Sequence[int] | Tokens],
+    n_tokens: int,
+    *,
+    length: int,
+    temp: float = 0.8,
+    seed: int = 0,
+    setting: Setting | None = None,
+    progress: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Trace]:
+    """Answers with a full cache, one after the other, until there are n_tokens; temp 0: each prompt once.
+
+    Args and Raises: as for calibrate(). progress: called with the tokens generated.
+    """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("there must be prompts, none of them empty")
-    low = _native._low()
-    vocab = low.llama_model_get_vocab(llama.model)
-    simulation = _Simulation(llama, kv)
-    traces, n_layer = max(1, round(n_tokens / length)), low.llama_model_n_layer(llama.model)
-    done = 0
+    longest = max(map(len, prompts))
+    if longest >= length:
+        raise ValueError(f"length is {length:,}, must be more than a prompt's {longest:,} tokens")
+    traces: list[Trace] = []
+    left = n_tokens
 
-    def decoded(past: int) -> None:
-        simulation.look()
+    def requests() -> Iterator[Request]:
+        for i in itertools.count():
+            if left <= 0 or (temp == 0 and i >= len(prompts)):
+                return
+            yield Request(str(i), prompts[i % len(prompts)])
+
+    def look() -> bool:
+        if stop():
+            raise Stopped
         if progress is not None:
-            progress(done + llama.n_tokens, traces * length)
+            progress(min(batcher.n_generated, n_tokens))
+        return False
 
-    llama.on_decode = decoded
-    try:
-        for trace in range(traces):
-            llama.forget()
-            simulation.start()
-            tokens: list[int] = []
-            turn = trace * len(prompts) // traces
-            while len(tokens) < length:
-                tokens = [*tokens, *prompts[turn % len(prompts)]][:length]
-                turn += 1
-                llama.set_seed(seed)
-                seed += 1
-                stream = llama.generate(tokens, **sampling)
-                for token in stream:
-                    if len(tokens) >= length:
-                        break
-                    tokens.append(token)
-                    if low.llama_vocab_is_eog(vocab, token):
-                        break
-                stream.close()
-            simulation.end()
-            done += length
-    finally:
-        llama.on_decode = None
-    shares: list[float | None] = [None] * n_layer
-    for layer, share in zip(simulation.layers, np.mean(simulation.shares, axis=0), strict=True):
-        shares[layer] = float(share)
-    return Calibration.of(llama.model_path, _plain(kv), shares, traces * length, len(simulation.shares))
+    with Context(model, replace(setting or Setting(), kv=None, n_ctx=length, n_seq=1)) as context:
+        batcher = Batcher(context, length, temp=temp, seed=seed, stop=look)
+        for done in batcher.run(requests()):
+            prompt = np.asarray(prompts[int(done.id) % len(prompts)], np.int32)
+            tokens = np.concatenate([prompt, done.tokens])[: min(length, left)]
+            traces.append(Trace(tokens, len(prompt)))
+            left -= len(tokens)
+    return traces
 
 
-def share_of_wins(scores: Sequence[Floats], slots: int) -> Floats:
-    """Rank the scores of all layers and heads together: which share of the cells does each layer win?
+def measure(
+    model: Model,
+    kv: KVBudget,
+    traces: Sequence[Trace],
+    setting: Setting | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[int], list[Curve | None]]:
+    """The damage of each layer under several sizes.
 
     Args:
-        scores: for each layer float32 [n_head_kv, n], of comparable size; n may differ.
-        slots: how many win, over all layers and heads.
+        kv, setting, stop: as for calibrate(). progress: called with the tokens read, and about how many.
 
     Returns:
-        float64 [n_layer] with sum 1: the layer's winners per head, which are cells, over those of all layers.
+        (sizes, damage) as in Calibration. The damage is the mean over all positions behind the first
+        compaction with the smallest size.
+
+    Raises:
+        ValueError: the traces are too short, or no layer has cells under the budget. RKVError, RuntimeError:
+            the engine refuses. Stopped: `stop` was true.
     """
-    everyone = np.concatenate([score.ravel() for score in scores])
-    winners = (
-        np.argpartition(-everyone, slots - 1)[:slots] if slots < len(everyone) else np.arange(len(everyone))
-    )
-    ends = np.cumsum([score.size for score in scores])
-    wins = np.bincount(np.searchsorted(ends, winners, side="right"), minlength=len(scores))
-    cells = wins / np.array([len(score) for score in scores])
-    shares: Floats = cells / cells.sum()
-    return shares
+    reading = _Reading(model, kv, traces, setting or Setting(), progress, stop)
+    sizes, layers = reading.sizes, reading.layers
+    curves: dict[int, list[float | None]] = {i: [reading.damage(i, sizes[0])] for i in layers}
+    enough = SMALL * max(curve[0] or 0.0 for curve in curves.values())
+    suffering = [i for i in layers if (curves[i][0] or 0.0) >= enough > 0]
+    reading.expect(len(suffering) if len(sizes) > 1 else 0)
+    for n, i in enumerate(suffering, 1):
+        for size in sizes[1:]:
+            nats = reading.damage(i, size)
+            curves[i].append(nats)
+            if nats < enough:
+                break
+            reading.expect(len(suffering) - n + (size != sizes[-1]))
+    found: list[Curve | None] = [None] * model.n_layer
+    for i, curve in curves.items():
+        found[i] = (*curve, *[None] * (len(sizes) - len(curve)))
+    return sizes, found
 
 
-def comparable(policy: str, score: Floats) -> Floats:
-    """Scores [n_head_kv, n] on one scale: those of `latest` as they are, others from 0 to 1 in each head."""
-    if policy == "latest":
-        return score
-    low, high = score.min(axis=1, keepdims=True), score.max(axis=1, keepdims=True)
-    return (score - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
+class _Reading:
+    """The traces, and what the full cache says about the next tokens: the likeliest ones of each position."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVBudget,
+        traces: Sequence[Trace],
+        setting: Setting,
+        progress: Callable[[int, int], None] | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        self._model, self._kv, self._progress, self._stop = model, kv, progress, stop
+        self._longest = max((len(trace.tokens) for trace in traces), default=0)
+        try:
+            self.sizes = sizes_for(kv, self._longest)
+        except ValueError as err:
+            raise ValueError(f"the answers are too short: {err}") from None
+        self._first = (self.sizes[0] // kv.buffer + 1) * kv.buffer  # the smallest size evicts before it
+        self._traces = [trace for trace in traces if len(trace.tokens) > self._first]
+        self._n = sum(len(trace.tokens) for trace in self._traces)
+        self._done, self._about = 0, self._n * (1 + model.n_layer)
+        self._setting = replace(setting, n_ctx=self._longest, n_seq=1, n_outputs=kv.buffer)
+        self._full: list[tuple[NDArray[np.int32], Floats]] = []
+        with self._context() as context:
+            self.layers = tuple(_native.governed_layers(context.raw))
+            if not self.layers:
+                raise ValueError("no layer of this model has cells under the budget")
+            self._about = self._n * (1 + len(self.layers))
+            for logits in self._read(context):
+                n = min(_TOP, logits.shape[1] - 1)
+                top = np.argpartition(-logits, n, axis=1)[:, :n].astype(np.int32)
+                self._full.append((top, _coarse(logits, top)))
+
+    def expect(self, passes: int) -> None:
+        """At least so many passes over all traces are left."""
+        self._about = self._done + self._n * passes
+
+    def damage(self, layer: int, size: int) -> float:
+        """Mean KL divergence from the full cache in nats; a lower bound, nearly tight."""
+        nats, n = 0.0, 0
+        with self._context(layer, size) as context:
+            for (top, p), logits in zip(self._full, self._read(context), strict=True):
+                kl = (np.exp(p) * (p - _coarse(logits, top))).sum(axis=1, dtype=np.float64)
+                nats += float(np.maximum(kl, 0).sum())
+                n += len(kl)
+        if not math.isfinite(nats):
+            raise RuntimeError("the model's logits are not finite")
+        return nats / n
+
+    def _context(self, layer: int | None = None, size: int = 0) -> Context:
+        """One in which all layers have cells for everything, but for one."""
+        budgets = [self._longest] * self._model.n_layer
+        if layer is not None:
+            budgets[layer] = size
+        kv = replace(self._kv, budget=self._longest, layer_budgets=tuple(budgets), batch=self._kv.buffer)
+        return Context(self._model, replace(self._setting, kv=kv))
+
+    def _read(self, context: Context) -> Iterator[Floats]:
+        """Logits [n, n_vocab] of the positions that count, a buffer's tokens at a time."""
+        step = self._kv.buffer
+        for tokens, n_prompt in self._traces:
+            context.clear(0)
+            if context.kv is not None and context.kv.pin == "prompt":
+                pin = context.kv.prompt_pin(n_prompt, self._model.n_layer)
+                _native.seq_pin(context.raw, pin or 0)
+            for start in range(0, len(tokens), step):
+                part, counts = tokens[start : start + step], start >= self._first
+                context.feed(0, part, start, outputs=counts)
+                if counts:
+                    yield context.logits(len(part))
+                if self._stop():
+                    raise Stopped
+                self._done += len(part)
+                if self._progress is not None:
+                    self._progress(self._done, max(self._done, self._about))
 
 
-class _Simulation:
-    """Evictions with budgets that are shared out anew at each, beside a cache that keeps everything."""
-
-    def __init__(self, llama: Llama, kv: KVBudget) -> None:
-        self._llama, self._kv, self._pin = llama, _plain(kv), int(kv.pin)
-        self.layers = _native.governed_layers(llama.ctx)
-        self.shares: list[Floats] = []  # of each compaction that counts
-        self.start()
-
-    def start(self) -> None:
-        """A new trace: nothing has been evicted."""
-        self._seen = 0
-        self._trace: list[Floats] = []
-        self._kept = {i: np.empty((0, layer.n_head_kv), np.int32) for i, layer in self.layers.items()}
-        self._aux = {i: self._no_aux(0, layer.n_head_kv) for i, layer in self.layers.items()}
-
-    def end(self) -> None:
-        """Count the second half of the trace's compactions; in the first the shares still settle."""
-        self.shares += self._trace[len(self._trace) // 2 :]
-
-    def look(self) -> None:
-        """Evict, where the cache would be full."""
-        room = self._kv.buffer + (self._kv.budget if self._seen == 0 else 0)
-        n = self._llama.n_tokens
-        if n - self._seen >= room:
-            self._compact(n)
-
-    def _compact(self, n: int) -> None:
-        kv, first, last = self._kv, self._pin, -self._kv.window
-        cells, scores = {}, {}
-        for i, layer in self.layers.items():
-            new = np.repeat(np.arange(self._seen, n, dtype=np.int32)[:, None], layer.n_head_kv, axis=1)
-            cells[i] = np.concatenate([self._kept[i], new])
-            self._aux[i] = np.concatenate([self._aux[i], self._no_aux(len(new), layer.n_head_kv)], axis=1)
-            scores[i] = comparable(kv.policy, self._score(i, cells[i])[:, first:last])
-        heads = sum(layer.n_head_kv for layer in self.layers.values())
-        shares = share_of_wins(list(scores.values()), heads * (kv.budget - first + last))
-        budgets = share_out(shares.tolist(), kv.budget, kv.least_budget)
-        for i, budget in zip(self.layers, budgets, strict=True):
-            keep = min(budget - first + last, scores[i].shape[1])
-            best = np.argsort(-scores[i], axis=1, kind="stable")[:, :keep].T + first
-            m = len(cells[i])
-            always = [*range(first), *range(m + last, m)]
-            rows = np.sort(np.concatenate([best, np.tile(np.array(always)[:, None], best.shape[1])]), axis=0)
-            self._kept[i] = np.take_along_axis(cells[i], rows, axis=0)
-            self._aux[i] = np.take_along_axis(self._aux[i], rows[None], axis=1)
-        self._seen = n
-        self._trace.append(shares)
-
-    def _score(self, i: int, cells: Ints) -> Floats:
-        """The policy's scores of a layer's cells: float32 [n_head_kv, n]. cells: [n, n_head_kv] positions."""
-        ctx, layer, kv = self._llama.ctx, self.layers[i], self._kv
-        q = _native.queries(ctx, i)
-
-        def select(kv: KVBudget, get: Callable[[Any, int, int], Floats], aux: Floats | None) -> Floats:
-            k = np.stack([get(ctx, i, h)[cells[:, h]] for h in range(layer.n_head_kv)], axis=1)
-            return _native.select(
-                kv,
-                k,
-                q,
-                pos=cells,
-                aux=aux,
-                n_old=len(self._kept[i]),
-                scale=layer.scale,
-                softcap=layer.softcap,
-                n_threads=self._llama.n_threads,
-            )[1]
-
-        if kv.policy != "latest":
-            return select(kv, _native.keys, None)
-        # Importance is judged on the keys as cached, similarity on those without their rotation.
-        aux = np.ascontiguousarray(self._aux[i])
-        importance = select(replace(kv, policy="snapkv"), _native.keys, None)
-        peak = np.max(importance[:, : -kv.window], axis=1, keepdims=True, initial=np.finfo(np.float32).tiny)
-        similarity = select(replace(kv, lam=0.0), _native.keys_unrotated, aux)
-        self._aux[i] = aux
-        return kv.lam * importance / peak + (1 - kv.lam) * similarity
-
-    def _no_aux(self, n: int, n_head_kv: int) -> Floats:
-        return np.full((self._kv.n_aux, n, n_head_kv), -1, np.float32)
+def _coarse(logits: Floats, top: NDArray[np.int32]) -> Floats:
+    """Log-probabilities of the tokens `top` [n, k], and of all others together: float32 [n, k + 1]."""
+    peak = logits.max(axis=1, keepdims=True)
+    whole = peak + np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))
+    chosen = np.take_along_axis(logits, top, axis=1) - whole
+    rest = np.log(np.maximum(1 - np.exp(chosen).sum(axis=1, keepdims=True), 1e-7))
+    return np.concatenate([chosen, rest.astype(np.float32)], axis=1)

@@ -16,20 +16,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .budget import KVBudget
 
-FORMAT, FORMAT_VERSION = "rkv-local calibration", 1
+FORMAT, FORMAT_VERSION = "rkv-local calibration", 2
 _HEAD, _CHUNK, _CHUNKS = 4 << 20, 1 << 16, 64  # bytes of a model that its fingerprint is made of
+_FLOOR = 3  # no layer gets less than this part of the budget
+
+Curve = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The share of all cells that each layer won.
+    """What it does to a model if one of its layers has few cells, and all others keep everything.
 
     Args:
         model: its file's name; bytes, fingerprint: which file that was.
-        policy: whose scores were ranked; settings: the KVBudget's other fields then. The shares serve any
-            policy.
-        shares: one per layer, adding up to 1; None for a layer without cells under the budget.
-        tokens: that were generated or read; compactions: that the shares are the mean of.
+        policy: that chose the cells; settings: the KVBudget's other fields then. It serves any policy.
+        sizes: cells that were tried, ascending.
+        damage: for each layer and size the KL divergence of the next token's distribution from the full
+            cache's, the mean in nats; None: not tried, since fewer cells did hardly any damage. None instead
+            of a list: a layer without cells under the budget.
+        tokens: of the traces that were read.
         rkv_local: the version that made it.
     """
 
@@ -38,9 +43,9 @@ class Calibration:
     fingerprint: str
     policy: str
     settings: dict[str, Any]
-    shares: tuple[float | None, ...]
+    sizes: tuple[int, ...]
+    damage: tuple[Curve | None, ...]
     tokens: int
-    compactions: int
     rkv_local: str
 
     @classmethod
@@ -48,24 +53,24 @@ class Calibration:
         cls,
         model: str | os.PathLike[str],
         kv: KVBudget,
-        shares: Sequence[float | None],
+        sizes: Sequence[int],
+        damage: Sequence[Sequence[float | None] | None],
         tokens: int,
-        compactions: int,
     ) -> Calibration:
         """What was measured with `kv` for a model's file. Raises ValueError if the file cannot be read."""
         from . import __version__
 
         size, digest = fingerprint(model)
-        unused = ("policy", "layer_budgets", "batch")
+        unused = ("policy", "budget", "layer_budgets", "batch")
         return cls(
             model=Path(model).name.encode("utf-8", "backslashreplace").decode(),
             bytes=size,
             fingerprint=digest,
             policy=kv.policy,
             settings={name: value for name, value in asdict(kv).items() if name not in unused},
-            shares=tuple(shares),
+            sizes=tuple(sizes),
+            damage=tuple(None if curve is None else tuple(curve) for curve in damage),
             tokens=tokens,
-            compactions=compactions,
             rkv_local=__version__,
         )
 
@@ -108,7 +113,8 @@ class Calibration:
         wrong = _wrong(found)
         if wrong:
             raise ValueError(f"the calibration {path} is damaged: {wrong}; {again}")
-        made = cls(**{**found, "shares": tuple(found["shares"])})
+        damage = tuple(None if curve is None else tuple(curve) for curve in found["damage"])
+        made = cls(**{**found, "sizes": tuple(found["sizes"]), "damage": damage})
         if model is not None and (made.bytes, made.fingerprint) != fingerprint(model):
             raise ValueError(
                 f"the calibration {path} belongs to another model, {made.model} of {made.bytes:,} bytes; "
@@ -117,22 +123,65 @@ class Calibration:
         return made
 
 
-def share_out(shares: Sequence[float | None], budget: int, least: int) -> list[int]:
-    """Cells of each layer from their shares; the sum is exactly len(shares) * budget.
+def allocate(
+    sizes: Sequence[int], damage: Sequence[Sequence[float | None] | None], budget: int, least: int
+) -> list[int]:
+    """Cells of each layer for the least sum of the layers' damages; they sum to len(damage) * budget.
 
-    Each layer gets `least` and its share of what is left, rounded down; the cells that this leaves go to the
-    largest remainders, earlier layers first among equals. Layers without a share (None) get `budget`, which
-    they do not use.
+    Damages are taken to add up. Each layer has max(least, budget // 3); the other cells go one after the
+    other where they lessen damage most. Between two sizes damage is linear, below the first and above the
+    last one constant; each layer's curve is made falling and convex first. What helps nowhere is dealt out
+    evenly.
+    Layers without a curve (None) get `budget`, which they do not use.
+
+    Args:
+        sizes, damage: as in Calibration. budget: mean of a layer; at least `least`, which every layer needs.
     """
-    sharing = [i for i, share in enumerate(shares) if share is not None]
-    whole = math.fsum(shares[i] or 0.0 for i in sharing)
-    spare = len(sharing) * (budget - least)
-    exact = {i: (shares[i] or 0.0) / whole * spare for i in sharing}
-    found = [budget if share is None else least + math.floor(exact[i]) for i, share in enumerate(shares)]
-    by_remainder = sorted(sharing, key=lambda i: (math.floor(exact[i]) - exact[i], i))
-    for i in by_remainder[: len(shares) * budget - sum(found)]:
-        found[i] += 1
+    floor = max(least, budget // _FLOOR)
+    sharing = [i for i, curve in enumerate(damage) if curve is not None]
+    cells = [budget if curve is None else floor for curve in damage]
+    pieces = [piece for i in sharing for piece in _pieces(i, sizes, damage[i] or (), floor)]
+    left = len(sharing) * (budget - floor)
+    for _, layer, room in sorted(pieces, key=lambda piece: (-piece[0], piece[1])):
+        got = min(room, left)
+        cells[layer] += got
+        left -= got
+    for n, layer in enumerate(sharing):
+        cells[layer] += left // len(sharing) + (n < left % len(sharing))
+    return cells
+
+
+def _pieces(
+    layer: int, sizes: Sequence[int], damage: Sequence[float | None], floor: int
+) -> list[tuple[float, int, int]]:
+    """A curve's lower convex hull from `floor` on, steepest first: (nats less per cell, layer, cells)."""
+    known: list[tuple[int, float]] = []
+    for size, value in zip(sizes, damage, strict=True):
+        lowest = known[-1][1] if known else math.inf
+        known.append((size, lowest if value is None else min(lowest, value)))
+    points = [(floor, _at(known, floor))] + [point for point in known if point[0] > floor]
+    found, at = [], 0
+    while at < len(points) - 1:
+        slopes = [
+            ((points[at][1] - nats) / (size - points[at][0]), i)
+            for i, (size, nats) in enumerate(points[at + 1 :], at + 1)
+        ]
+        slope, best = max(slopes)  # of equal slopes the farthest point
+        if slope <= 0:
+            break
+        found.append((slope, layer, points[best][0] - points[at][0]))
+        at = best
     return found
+
+
+def _at(known: Sequence[tuple[int, float]], size: int) -> float:
+    """The damage at a size, by linear interpolation."""
+    before = [point for point in known if point[0] <= size]
+    after = [point for point in known if point[0] > size]
+    if not before or not after:
+        return (before[-1] if before else after[0])[1]
+    (x0, y0), (x1, y1) = before[-1], after[0]
+    return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
 
 
 def beside(model: str | os.PathLike[str]) -> Path:
@@ -155,12 +204,12 @@ def layer_budgets(
     """
     path = beside(model) if given == "calibrated" else Path(given)
     made = Calibration.load(path, model)
-    if n_layer is not None and len(made.shares) != n_layer:
+    if n_layer is not None and len(made.damage) != n_layer:
         raise ValueError(
-            f"the calibration {path} is damaged: {len(made.shares)} shares for {n_layer} layers; "
+            f"the calibration {path} is damaged: {len(made.damage)} curves for {n_layer} layers; "
             "rkv-local calibrate makes it anew"
         )
-    return share_out(made.shares, budget, least)
+    return allocate(made.sizes, made.damage, budget, least)
 
 
 def fingerprint(model: str | os.PathLike[str]) -> tuple[int, str]:
@@ -192,8 +241,8 @@ def _fingerprint(path: str, size: int, _mtime: int) -> str:
 
 def _wrong(found: dict[str, Any]) -> str | None:
     """What is wrong with a file's content, if anything."""
-    types = {"model": str, "bytes": int, "fingerprint": str, "policy": str, "settings": dict, "shares": list}
-    types |= {"tokens": int, "compactions": int, "rkv_local": str}
+    types = {"model": str, "bytes": int, "fingerprint": str, "policy": str, "settings": dict, "sizes": list}
+    types |= {"damage": list, "tokens": int, "rkv_local": str}
     if set(found) != set(types):
         names = sorted(set(found) ^ set(types))
         return (
@@ -202,16 +251,28 @@ def _wrong(found: dict[str, Any]) -> str | None:
     for name, kind in types.items():
         if not isinstance(found[name], kind) or isinstance(found[name], bool):
             return f"{name} is {str(found[name])[:40]!r}"
-    return _wrong_shares(found["shares"])
+    return _wrong_sizes(found["sizes"]) or _wrong_damage(found["damage"], len(found["sizes"]))
 
 
-def _wrong_shares(shares: Sequence[Any]) -> str | None:
-    numbers = [share for share in shares if share is not None]
-    for share in numbers:
-        if (
-            isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1
-        ):  # NaN is not
-            return f"a share is {share!r}"
-    if not numbers or abs(sum(numbers) - 1) > 1e-3:
-        return f"the shares add up to {sum(numbers):g}"
+def _wrong_sizes(sizes: Sequence[Any]) -> str | None:
+    whole = bool(sizes) and all(isinstance(n, int) and _is_number(n) and n > 0 for n in sizes)
+    if not whole or list(sizes) != sorted(set(sizes)):
+        return f"sizes is {str(sizes)[:40]}"
     return None
+
+
+def _wrong_damage(damage: Sequence[Any], n: int) -> str | None:
+    curves = [curve for curve in damage if curve is not None]
+    if not curves:
+        return "there is no damage"
+    for curve in curves:
+        if not isinstance(curve, list) or len(curve) != n or curve[0] is None:
+            return f"a layer's damage is {str(curve)[:40]}"
+        for nats in curve:
+            if nats is not None and not (_is_number(nats) and 0 <= nats < math.inf):
+                return f"a damage is {nats!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -101,9 +101,8 @@ def resolve(
     n_layer = 0
     if kv is not None and kv.active:
         n_layer = int(metadata.get(f"{metadata.get('general.architecture')}.block_count", 0))
-        if kv.layer_budgets is not None:
-            kv = kv.for_model(path, n_layer)
-            kv.budgets(n_layer)  # they must fit the model
+        kv = kv.for_model(path, n_layer)
+        kv.budgets(n_layer)  # they must fit the model
         if n_batch is None:
             n_batch = kv.n_batch
         elif kv.batch is None:

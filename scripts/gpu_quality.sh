@@ -9,6 +9,7 @@
 #
 # OUT        where results go (default: build/gpu-quality)
 # LIMIT      seconds from the start of the call until everything has to be done, build included (default: 560)
+# PROCS      processes for each GPU (default: 2: one alone leaves it idle half of the time)
 # GPUS       how many (default: all that nvidia-smi lists)
 # KNOWN      files of results (default: docs/quality/*.jsonl and .jsonl.gz)
 # N          problems of each kind (default: 400)
@@ -23,6 +24,7 @@ N=${N:-400}
 PYTHON=${PYTHON:-python3}
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 ARGS=${ARGS:--ngl -1}
+PROCS=${PROCS:-2}
 RESERVE=15 # seconds for merging
 shopt -s nullglob
 read -ra known_files <<< "${KNOWN-$(echo docs/quality/*.jsonl docs/quality/*.jsonl.gz)}"
@@ -51,9 +53,9 @@ stages() {
     for file in "${files[@]}"; do options+=(--known "$file"); done
     [ -n "${QUESTIONS:-}" ] && options+=(--questions "$QUESTIONS")
     echo "== $list on $GPUS, ${left} s left"
-    for ((i = 0; i < GPUS; i++)); do
+    for ((i = 0; i < GPUS * PROCS; i++)); do
         # shellcheck disable=SC2086 # ARGS is several words
-        CUDA_VISIBLE_DEVICES=$i "$PYTHON" scripts/quality.py run --stage "$list" --shard "$i/$GPUS" --n-problems "$N" \
+        CUDA_VISIBLE_DEVICES=$((i % GPUS)) "$PYTHON" scripts/quality.py run --stage "$list" --shard "$i/$((GPUS * PROCS))" --n-problems "$N" \
             --limit-seconds "$left" -o "$work/$key-$i.jsonl" "${options[@]}" $ARGS > >(sed -u "s/^/[$i] /") 2>&1 &
         pids+=($!)
     done

@@ -3,8 +3,8 @@
 Teacher-forced on Python's documentation, fed in chunks of 64; the mean over the tokens after the first
 compaction.
 
-    rkv-local calibrate MODEL.gguf -o shares.json
-    python scripts/layer_budgets.py MODEL.gguf shares.json
+    rkv-local calibrate MODEL.gguf -o calibration.json
+    python scripts/layer_budgets.py MODEL.gguf calibration.json
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     for policy in options.policies.split(","):
         for budget in map(int, options.budgets.split(",")):
             cells = [""] * len(texts)
-            for schedule in (None, options.calibration):
+            for schedule in ("uniform", options.calibration):
                 kv = KVBudget(budget, BUFFER, policy=policy, batch=CHUNK, layer_budgets=schedule)
                 for i, found in enumerate(log_probabilities(options.model, kv, texts, options.threads)):
                     p, q = full[i][budget + BUFFER :], found[budget + BUFFER :]

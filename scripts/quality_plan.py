@@ -31,7 +31,7 @@ ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 OWN_ABLATIONS: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     "rkv": (("threshold", (0.3, 0.7)), ("reference", (True,))),
-    "latest": (("n_sim", (2, 4)),),
+    "latest": (("recent", (8, 48, 192)), ("n_sim", (2, 4)), ("layer_budgets", ("uniform", "pyramid"))),
 }
 
 
@@ -109,12 +109,20 @@ def ablations() -> Iterator[Job]:
 def quantised() -> Iterator[Job]:
     """The cache as q8_0: full, then the two main policies."""
     yield from (Job("", kind, cache="q8_0") for kind in KINDS)
-    yield from grid(MAIN, (*PERCENT, *EDGES), cache="q8_0")
+    yield from grid(MAIN, PERCENT, cache="q8_0")
 
 
 def layers() -> Iterator[Job]:
-    """Calibrated budgets by layer, of the reasoner and of the larger model."""
-    yield from grid(MAIN, PERCENT, calibrated=True)
+    """Ours without budgets by layer, R-KV with them."""
+    for percent in PERCENT:
+        for kind in KINDS:
+            yield Job("", kind, PUBLISHED, percent, calibrated=True)
+            yield Job("", kind, OURS, percent, fields=(("layer_budgets", "uniform"),))
+
+
+def divergences() -> Iterator[Job]:
+    """Over a long text: all policies, and the main ones with calibrated budgets by layer."""
+    yield from (Job("", "kl", policy, cells=CELLS) for policy in (*MAIN, *OTHERS))
     yield from (Job("", "kl", policy, cells=CELLS, calibrated=True) for policy in MAIN)
 
 
@@ -131,21 +139,19 @@ STAGES = {
         "the same with one index set for all heads and layers",
         lambda: grid(MAIN, PERCENT, fields=(("shared_heads", True),)),
     ),
-    "policies": ("every other policy at these budgets", lambda: grid(OTHERS, PERCENT)),
-    "edges": (
-        "all policies at 5 and 54 %",
-        lambda: (*grid(MAIN, EDGES), *grid(OTHERS, EDGES)),
-    ),
+    "layers": ("budgets by layer: R-KV with them, our policy without", layers),
+    "policies": ("every other policy at 25 and 16 %", lambda: grid(OTHERS, PERCENT[:2])),
+    "edges": ("the main policies at 5 and 54 %", lambda: grid(MAIN, EDGES)),
     "q8_0": ("a cache of q8_0: full, and the two main policies", quantised),
-    "ablations": ("one setting changed at a time, at 16 and 25 %", ablations),
-    "layers": ("calibrated budgets by layer", layers),
-    "kl": (
-        "distance from the full cache over a long text",
-        lambda: (Job("", "kl", policy, cells=CELLS) for policy in (*MAIN, *OTHERS)),
+    "more-policies": (
+        "every other policy at 10, 34, 5 and 54 %",
+        lambda: grid(OTHERS, (*PERCENT[2:], *EDGES)),
     ),
+    "ablations": ("one setting changed at a time, at 16 and 25 %", ablations),
+    "kl": ("distance from the full cache over a long text", divergences),
     "needles": ("facts planted in a long text", needles),
     "q8_0-policies": (
         "a cache of q8_0: every other policy",
-        lambda: grid(OTHERS, (*PERCENT, *EDGES), cache="q8_0"),
+        lambda: (*grid(MAIN, EDGES, cache="q8_0"), *grid(OTHERS, (*PERCENT, *EDGES), cache="q8_0")),
     ),
 }

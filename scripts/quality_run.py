@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_plan import KINDS, LONG, Job
-from rkv_local.budget import KVBudget
+from rkv_local.budget import CALIBRATED, KVBudget
 from rkv_local.cli import nativelog, ui
 from rkv_local.cli.interrupt import Interrupt
 from rkv_local.cli.options import default_threads, flash_of
@@ -124,8 +124,9 @@ class Worker:
         if job.policy is None:
             return None
         more: dict[str, Any] = dict(job.fields)
-        if job.calibrated:
-            more["layer_budgets"] = str(self.args.calibrations / f"{Path(runner.name).stem}.rkv.json")
+        if job.calibrated:  # the reasoner's lies beside it
+            file = self.args.calibrations / f"{Path(runner.name).stem}.rkv.json"
+            more["layer_budgets"] = str(file) if job.model == LONG else CALIBRATED
         return KVBudget(budget=cells, policy=job.policy, **more)
 
     def cells(self, job: Job, runner: Runner) -> int:

@@ -56,9 +56,11 @@ struct test_rkv : public test_case {
                 return mode == MODE_PERF ? z : // the window's entries mean nothing
                     ggml_cont(ctx, ggml_view_3d(ctx, z, c.n_cells - c.window, c.n_head_kv, n_jobs, z->nb[1], z->nb[2], 0));
             }
-            case RKV_SUB_OP_SELECT:
+            case RKV_SUB_OP_SELECT: {
+                const rkv_op_params select = rkv_case_select(c);
                 in.score = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.n_cells, c.n_head_kv, n_jobs);
-                return ggml_rkv_select(ctx, in.score, in.jobs, d.n_keep_max, &par);
+                return ggml_rkv_select(ctx, in.score, in.jobs, d.n_keep_max, &select);
+            }
             default: {
                 in.k   = ggml_new_tensor_3d(ctx, c.type_k, (int64_t) c.n_embd_k*c.n_head_kv, c.n_cells, c.n_stream);
                 in.idx = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, d.n_keep_max, c.n_head_kv, n_jobs);

@@ -123,6 +123,11 @@ static std::vector<rkv_case> make_cases() {
             add("window " + std::to_string(window), policy, [&](rkv_case & c) { c.window = window; });
         }
     }
+    for (const int recent : { 9, 40 }) {
+        for (const int policy : scored) {
+            add("recent " + std::to_string(recent), policy, [&](rkv_case & c) { c.recent = recent; });
+        }
+    }
     for (const int pin : { 0, 1, 20 }) {
         for (const int policy : every) {
             add("pin " + std::to_string(pin), policy, [&](rkv_case & c) { c.pin = pin; });
@@ -406,6 +411,12 @@ rkv_op_params rkv_case_params(const rkv_case & c) {
     return p;
 }
 
+rkv_op_params rkv_case_select(const rkv_case & c) {
+    rkv_op_params p = rkv_case_params(c);
+    p.window = std::max(c.recent, c.window);
+    return p;
+}
+
 //
 // inputs
 //
@@ -621,11 +632,11 @@ ggml_tensor * rkv_case_score(ggml_context * ctx, const rkv_case & c, const rkv_c
 }
 
 void rkv_case_build(ggml_context * ctx, ggml_cgraph * gf, const rkv_case & c, const rkv_case_data & d, rkv_case_tensors & t) {
-    const rkv_op_params par = rkv_case_params(c);
+    const rkv_op_params par = rkv_case_params(c), select = rkv_case_select(c);
     ggml_tensor * pos = ggml_rkv_positions(ctx, t.pos, t.new_pos, t.jobs, &par);
     ggml_build_forward_expand(gf, pos);
     t.score = rkv_case_score(ctx, c, t, pos);
-    t.idx   = ggml_rkv_select(ctx, t.score, t.jobs, d.n_keep_max, &par);
+    t.idx   = ggml_rkv_select(ctx, t.score, t.jobs, d.n_keep_max, &select);
     ggml_build_forward_expand(gf, t.idx);
     for (ggml_tensor * view : rkv_case_moved(ctx, c, t)) {
         ggml_build_forward_expand(gf, ggml_rkv_compact(ctx, view, t.idx, t.jobs, &par));
@@ -733,7 +744,7 @@ static std::string compare_rows(const rkv_case & c, const rkv_case_job & job, co
     for (const int32_t row : lost) {
         for (const int32_t other : won) {
             const int   a = row - job.begin, b = other - job.begin;
-            const bool  forced = std::min(a, b) < c.pin || std::max(a, b) >= n - c.window;
+            const bool  forced = std::min(a, b) < c.pin || std::max(a, b) >= n - std::max(c.recent, c.window);
             const float za = forced ? INFINITY : z[a], zb = z[b];
             if (!(std::fabs(za - zb) <= 1e-6f*std::max(std::fabs(za), std::fabs(zb)))) {
                 return text("row %d (%.9g) is not kept, row %d (%.9g) is", row, za, other, zb);

@@ -25,6 +25,7 @@ struct rkv_case {
     int n_head_kv = 2, n_group = 3;
     int n_cells = 160, n_stream = 3;
     int window = 8, pool = 7, pin = 4;
+    int recent = 8; // kept at the end, at least window
     int n_sim = 1, n_aux = 1; // of `latest`; others have as many as they need
     int chunk = 10, layer = 5;
     uint32_t seed = 0;
@@ -41,6 +42,7 @@ const std::vector<rkv_case> & rkv_cases();
 // a policy, or a memory, that only the CPU has to know: other backends know it or refuse it
 bool rkv_case_is_optional(const rkv_case & c);
 rkv_op_params rkv_case_params(const rkv_case & c);
+rkv_op_params rkv_case_select(const rkv_case & c); // of SELECT
 
 // inputs, as the tensors hold them; the same on every call
 struct rkv_case_data {

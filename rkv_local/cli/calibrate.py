@@ -1,4 +1,4 @@
-"""rkv-local calibrate: how a model's layers should share the cells."""
+"""rkv-local calibrate: how many cells each layer of a model should get."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rkv_local.calibration import beside, share_out
-from rkv_local.chat import Conversation
+from rkv_local.calibration import allocate, beside
 from rkv_local.cli import ui
-from rkv_local.cli.options import Sampling, budget_of, load_of
+from rkv_local.cli.interrupt import Interrupt
+from rkv_local.cli.options import budget_of, default_threads, flash_of
 from rkv_local.cli.params import (
     AT_LEAST_1,
+    Decorator,
     FiniteRange,
     cache_options,
     context_options,
-    memory_option,
     model_option,
     opt,
 )
@@ -29,90 +29,107 @@ from rkv_local.models import resolve
 if TYPE_CHECKING:
     from rkv_local import KVBudget
     from rkv_local.calibration import Calibration
-    from rkv_local.cli.session import Session
 
-POLICY, BUDGET = "latest", 512  # docs/calibrate.md tells why; a quarter of a trace
+COLUMNS = 6  # sizes in the table
+
+
+def used_cache_options() -> Decorator:
+    """The options of a budget but for those that are measured here."""
+
+    def bare() -> None: ...
+
+    options = cache_options()(bare).__click_params__
+    kept = [p for p in options if p.name not in ("kv_budget", "kv_layer_budgets")]
+
+    def decorate(function: Any) -> Any:
+        function.__dict__.setdefault("__click_params__", []).extend(kept)
+        return function
+
+    return decorate
 
 
 @click.command("calibrate")
 @click.argument("name", metavar="[MODEL]", required=False)
 @model_option()
 @opt("-o --output", "The file to write (default: MODEL.rkv.json beside MODEL.gguf).", metavar="FILE")
-@opt("-n --tokens", "Tokens in all, rounded to whole traces.", AT_LEAST_1, 4096)
-@opt("--length", "Tokens of a trace; it needs memory for a full cache of them.", AT_LEAST_1, 2048)
+@opt("-n --tokens", "Tokens of all traces.", AT_LEAST_1, 4096)
+@opt("--length", "Most tokens of a trace; it needs memory for a full cache of them.", AT_LEAST_1, 2048)
 @opt("--prompts", "Questions, one per line, instead of ours.", click.Path(path_type=Path), None, "FILE")
 @opt("--temp --temperature", "0 = always the likeliest token.", FiniteRange(min=0), 0.8, "X")
-@opt("-s --seed", "Of the first answer; each other one has the next.", click.IntRange(0, 2**31), 0)
-@memory_option()
-@cache_options(POLICY, BUDGET)
+@opt("-s --seed", "Of the answers.", click.IntRange(0, 2**31), 0)
+@opt("--kv-budget", "Mean cells of a layer in the table; what is written serves any.", AT_LEAST_1, 1024)
+@used_cache_options()
 @context_options()
 @click.option("--json", "as_json", is_flag=True, help="Print what is written instead of a table.")
 def calibrate(name: str | None, as_json: bool, **values: Any) -> None:
-    """Measure which share of the cells each layer of a model should get.
+    """Measure which layers of a model can do with few cells.
 
-    MODEL is a GGUF file or a short name (default: reasoner). It answers questions with a full cache; beside
-    that, evictions are simulated in which the scores of all layers and heads are ranked together. What each
-    layer wins on average is stored beside the model, for --kv-layer-budgets calibrated with any policy.
+    MODEL is a GGUF file or a short name (default: reasoner). It answers questions with a full cache, and
+    reads the answers again with few cells in one layer at a time. How far the next token's distribution moves
+    is that layer's damage. It is stored beside the model, for --kv-layer-budgets calibrated with any policy.
     """
     if name is not None and values["model"] is not None:
         raise click.UsageError(f"two models: {name!r} and --model {values['model']!r}")
-    if values["kv_layer_budgets"] is not None:
-        raise click.UsageError("--kv-layer-budgets is what is measured here")
-    model = resolve(name or values["model"])
-    kv = budget_of(values)
+    kv = budget_of({**values, "kv_layer_budgets": None})
     if kv is None:
         raise click.UsageError("policy none keeps everything: there is nothing to share out")
-    path = destination(values["output"], model.path)
+    gpu_layers = -1 if values["gpu_layers"] is None else values["gpu_layers"]
+    flash_attn = flash_of(values["flash_attn"], gpu_layers, values["cache_type_v"])
+    found = resolve(name or values["model"])
+    path = destination(values["output"], found.path)
     questions = lines(values["prompts"])
 
-    from rkv_local.calibrate import QUESTIONS, full_cache
-    from rkv_local.calibrate import calibrate as measure
+    from rkv_local import calibrate as measured
     from rkv_local.cli import nativelog
-    from rkv_local.cli.interrupt import Interrupted
-    from rkv_local.cli.session import CliError, Interrupt, load
+    from rkv_local.evals.model import Model, Setting
 
     try:
-        full_cache(kv, values["length"])
+        measured.sizes_for(kv, values["length"])
     except ValueError as err:
         raise click.UsageError(str(err).replace("length is", "--length is")) from err
-    held = {"kv_budget": values["length"], "ctx_size": values["length"], "batch_size": kv.buffer}
-    options = load_of({**values, **held}, model)
+    setting = Setting(
+        type_k=values["cache_type_k"],
+        type_v=values["cache_type_v"],
+        flash_attn=flash_attn,
+        threads=values["threads"] or default_threads(),
+        kv_offload=not values["no_kv_offload"],
+    )
+    nativelog.install(values["verbose"])
+    nativelog.clear()
+    done = (0, 1)
+
+    def progress(*now: int) -> None:
+        nonlocal done
+        done = now[0], now[1]
+
+    def state() -> tuple[float, str]:
+        n, about = done
+        return n / about, f"{n:,}/{about:,} tokens"
+
     with Interrupt() as interrupt:
-        session = load(options, interrupt)
-        llama = session.llama
-        if llama.kv is None or llama.kv.budget != values["length"]:
-            raise CliError(f"a full cache of {values['length']:,} tokens does not fit: a smaller --length")
-        llama.sampling, llama.interrupt = Sampling(temp=values["temp"]), interrupt
-        prompts = [prompt_of(session, question) for question in questions or QUESTIONS]
-        done = [0, 1]
-        nativelog.clear()
         try:
-            with ui.progress("calibrating", lambda: (done[0] / done[1], f"{done[0]:,}/{done[1]:,} tokens")):
-                made = measure(
-                    llama,
+            with ui.progress("calibrating", state), Model(found.path, gpu_layers) as model:
+                made = measured.calibrate(
+                    model,
                     kv,
-                    prompts,
+                    [model.prompt(question) for question in questions or measured.QUESTIONS],
                     values["tokens"],
-                    progress=lambda *now: done.__setitem__(slice(2), now),
+                    length=values["length"],
+                    temp=values["temp"],
+                    seed=values["seed"],
+                    setting=setting,
+                    progress=progress,
+                    stop=lambda: interrupt.pressed,
                 )
-        except Interrupted:
+        except measured.Stopped:
             raise KeyboardInterrupt from None
-        session.close()
+        except RuntimeError as err:
+            raise RuntimeError(nativelog.reason(str(err), found.name)) from err
     made.save(path)
     click.echo(json.dumps(asdict(made), indent=1) if as_json else table(made, kv))
-    ui.line(f"{path}: {made.tokens:,} tokens, {ui.plural(made.compactions, 'compaction')}")
-    if path != beside(model.path):
+    ui.line(f"{path}: {ui.plural(made.tokens, 'token')}, {ui.plural(len(made.sizes), 'size')}")
+    if path != beside(found.path):
         ui.line(f"use it with --kv-layer-budgets {path}")
-
-
-def prompt_of(session: Session, question: str) -> list[int]:
-    """A question as the model is asked it. Raises CliError."""
-    tokens = session.tokenize(session.template.render(Conversation().messages(question)))
-    if not tokens:
-        from rkv_local.cli.session import CliError
-
-        raise CliError("a prompt has no tokens")
-    return tokens
 
 
 def lines(file: Path | None) -> list[str]:
@@ -152,10 +169,15 @@ def destination(output: str | None, model: Path) -> Path:
 
 
 def table(made: Calibration, kv: KVBudget) -> str:
-    """Shares and budgets by layer."""
-    cells = share_out(made.shares, kv.budget, kv.least_budget)
+    """Damage under some of the sizes, and budgets by layer."""
+    cells = allocate(made.sizes, made.damage, kv.budget, kv.least_budget)
+    shown = range(0, len(made.sizes), -(-len(made.sizes) // COLUMNS))
+    sizes = [f"{made.sizes[i]:,}" for i in shown]
+    head = ["LAYER", f"NATS AT {sizes[0]}", *sizes[1:], f"CELLS OF {kv.budget:,}"]
     rows = [
-        [str(i), "-", "-"] if share is None else [str(i), f"{share:.1%}", f"{cells[i]:,}"]
-        for i, share in enumerate(made.shares)
+        [str(layer), *("-" * (len(sizes) + 1))]
+        if curve is None
+        else [str(layer), *("-" if curve[i] is None else f"{curve[i]:.4f}" for i in shown), f"{n:,}"]
+        for layer, (curve, n) in enumerate(zip(made.damage, cells, strict=True))
     ]
-    return ui.table(["LAYER", "SHARE", f"CELLS OF {kv.budget:,}"], rows, [True] * 3)
+    return ui.table(head, rows, [True] * len(head))

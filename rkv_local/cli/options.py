@@ -105,6 +105,7 @@ def budget_of(values: dict[str, Any], batch: int | None = None) -> KVBudget | No
             budget=values["kv_budget"],
             buffer=values["kv_buffer"],
             window=values["kv_window"],
+            recent=values["kv_recent"],
             policy=values["kv_policy"],
             lam=values["kv_lambda"],
             pin=values["kv_pin"],

@@ -178,7 +178,7 @@ def model_option() -> Decorator:
     return opt("-m --model", "A GGUF file or a short name (reasoner, smollm2).", metavar="MODEL")
 
 
-def cache_options(policy: str = "rkv", budget: int = 1024) -> Decorator:
+def cache_options(policy: str = "latest", budget: int = 1024) -> Decorator:
     """The budget of the cache. policy, budget: the defaults."""
     policies = f"What is kept: {', '.join(POLICIES)}; `list` explains them."
     return stack(
@@ -197,6 +197,12 @@ def cache_options(policy: str = "rkv", budget: int = 1024) -> Decorator:
             AT_LEAST_1,
         ),
         opt(
+            "--kv-recent",
+            "Last tokens kept whatever their score, at most half of a layer's budget (default: the window; "
+            "latest: 96).",
+            AT_LEAST_1,
+        ),
+        opt(
             "--kv-lambda",
             "Weight of importance against redundancy (default: 0.1; gkv: 0.5).",
             SHARE,
@@ -206,7 +212,7 @@ def cache_options(policy: str = "rkv", budget: int = 1024) -> Decorator:
         opt(
             "--kv-layer-budgets",
             "uniform, pyramid, calibrated (by `rkv-local calibrate`), a calibration's FILE.json, or N,N,...: "
-            "one per layer.",
+            "one per layer (default: uniform; latest: calibrated where there is a calibration).",
             LayerBudgets(),
             None,
             "BUDGETS",

@@ -77,8 +77,9 @@ class Runner:
         Raises:
             ValueError: layer budgets are calibrated, and there is no calibration of this model.
         """
-        fields = kv_fields(self.resolved(kv), self.model.n_layer)
-        if fields and kv is not None and kv.is_calibrated:
+        found = self.resolved(kv)
+        fields = kv_fields(found, self.model.n_layer)
+        if fields and found is not kv:
             fields["schedule"] = CALIBRATED
         return Config(
             model=self.name,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rkv_local.budget import POLICIES, KVBudget
+from rkv_local.budget import BY_ITSELF, CALIBRATED, POLICIES, KVBudget
 
 from .results import Config, Results
 from .stats import mean_interval, wilson
@@ -18,7 +18,7 @@ __all__ = ["Section", "column", "sections", "summaries", "variant"]
 Row = dict[str, Any]
 BUCKET = 256  # positions that one KL result is a mean over
 
-_SHORT = {"lam": "λ", "buffer": "S", "window": "α", "layer_budgets": "layers"}
+_SHORT = {"lam": "λ", "buffer": "S", "window": "α"}
 
 
 def variant(kv: Row | None) -> str:
@@ -29,12 +29,14 @@ def variant(kv: Row | None) -> str:
     words = []
     for name, value in kv.items():
         if name == "schedule":
-            words.append(f"layers={value}")
+            if (kv["policy"], value) != (BY_ITSELF, CALIBRATED):
+                words.append(f"layers={value}")
         elif name == "batch":
             if value != max(kv["buffer"], 256):
                 words.append(f"batch={value}")
-        elif name == "layer_budgets" and "schedule" in kv:
-            continue
+        elif name == "layer_budgets":
+            if value == "uniform" and kv["policy"] == BY_ITSELF:
+                words.append("layers=uniform")
         elif name not in ("policy", "budget") and value not in (usual.get(name, False), None, "uniform"):
             shown = f"={value:g}" if isinstance(value, float) else f"={value}"
             words.append(_SHORT.get(name, name) + ("" if value is True else shown))

@@ -1,7 +1,8 @@
-"""rkv-local calibrate: the ranking and the simulation against references, the file, and what uses it."""
+"""rkv-local calibrate: the measurement, the budgets that follow, the file, and what uses it."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -19,58 +20,65 @@ from hypothesis import strategies as st
 
 from cli_tools import error_line, invoke, make_random_model, mute, smollm2, talker, terminal
 from rkv_local import KVBudget, Llama, _native, calibrate
-from rkv_local.calibration import Calibration, beside, fingerprint, share_out
+from rkv_local.calibration import Calibration, allocate, beside, fingerprint
+from rkv_local.evals import model as evals_model
+from rkv_local.evals.model import Context, Model, Setting
+from rkv_local.models import resolve
 from tiny_families import write_family
 
 KV = KVBudget(budget=40, buffer=16, window=4, pin=3, batch=16, policy="latest")
 LENGTH = 120
 LAYERS = 3
+SIZES = (32, 48, 72)  # that are tried on traces of LENGTH
 Make = Callable[..., Llama]
 
-share_lists = st.lists(st.none() | st.floats(0, 1, width=32), min_size=1, max_size=60).filter(
-    lambda shares: sum(s or 0 for s in shares) > 0.01
-)
+# -- budgets from damage -------------------------------------------------------------------------------
+
+curves = st.lists(
+    st.none() | st.tuples(st.floats(0, 10), *[st.none() | st.floats(0, 10)] * 2), min_size=1, max_size=6
+).filter(lambda damage: any(curve is not None for curve in damage))
 
 
-@given(shares=share_lists, least=st.integers(2, 80), extra=st.integers(0, 5000))
-def test_budgets_add_up_and_leave_no_layer_without(
-    shares: list[float | None], least: int, extra: int
-) -> None:
+def test_cells_go_where_they_help_most() -> None:
+    sizes, damage = (100, 200, 400), [(9.0, 1.0, 0.0), (0.2, None, None), (4.0, 3.0, 0.0)]
+    # layer 0: 100 cells less 8, then 200 less 1; layer 2: 300 less 4 (its first step alone is less steep)
+    assert allocate(sizes, damage, 100, 100) == [100, 100, 100]
+    assert allocate(sizes, damage, 130, 100) == [190, 100, 100]
+    assert allocate(sizes, damage, 200, 100) == [200, 100, 300]
+    assert allocate(sizes, damage, 300, 100) == [400, 100, 400]
+    assert allocate(sizes, damage, 320, 100) == [418, 124, 418]  # what helps nowhere is dealt out evenly
+    assert allocate(sizes, damage, 301, 10) == [401, 101, 401]  # a third is the least
+    assert allocate(sizes, [(9.0, 1.0, 0.0), None, (4.0, 3.0, 0.0)], 200, 100) == [200, 200, 200]
+
+
+@given(damage=curves, least=st.integers(2, 80), extra=st.integers(0, 5000))
+def test_budgets_add_up_and_leave_no_layer_without(damage: list[Any], least: int, extra: int) -> None:
     budget = least + extra
-    cells = share_out(shares, budget, least)
-    assert sum(cells) == len(shares) * budget
-    assert min(cells) >= least
-    own = [(share, c) for share, c in zip(shares, cells, strict=True) if share is not None]
-    assert all(c == budget for share, c in zip(shares, cells, strict=True) if share is None)
-    spare, whole = len(own) * extra, sum(share for share, _ in own)
-    assert all(abs(c - least - share / whole * spare) < 1 for share, c in own)
+    cells = allocate((20, 40, 80), damage, budget, least)
+    assert sum(cells) == len(damage) * budget
+    assert min(cells) >= max(least, budget // 3)
+    assert all(n == budget for n, curve in zip(cells, damage, strict=True) if curve is None)
+    # not tried is as if it had been found flat
+    flat = [c and list(itertools.accumulate(c, lambda a, b: a if b is None else b)) for c in damage]
+    assert allocate((20, 40, 80), flat, budget, least) == cells
 
 
-def test_budgets_by_hand() -> None:
-    # 3 * (20 - 5) = 45 cells to share: 22.5, 13.5 and 9; the one that rounding leaves goes to the first layer
-    assert share_out([0.5, 0.3, None, 0.2], 20, 5) == [28, 18, 20, 14]
+@given(nats=st.floats(0.1, 10), factor=st.floats(1.01, 10), budget=st.integers(21, 79))
+def test_the_steeper_curve_gets_more(nats: float, factor: float, budget: int) -> None:
+    gentle = [nats, nats / 2, nats / 4]
+    cells = allocate((20, 40, 80), [gentle, [x * factor for x in gentle]], budget, 10)
+    assert cells[1] >= budget >= cells[0]
+    assert sum(cells) == 2 * budget
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_share_of_wins_against_a_sorted_list(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    scores = [
-        rng.normal(loc, 1, (heads, n)).astype(np.float32)
-        for loc, heads, n in [(0, 2, 30), (1, 4, 20), (-1, 1, 9)]
-    ]
-    slots = 60
-    ranking = sorted(((z, layer) for layer, s in enumerate(scores) for z in s.ravel()), reverse=True)
-    wins = [sum(1 for _, layer in ranking[:slots] if layer == i) / len(s) for i, s in enumerate(scores)]
-    found = calibrate.share_of_wins(scores, slots)
-    np.testing.assert_allclose(found, np.array(wins) / sum(wins))
-    all_win = calibrate.share_of_wins(scores, 1000)
-    np.testing.assert_allclose(all_win, np.array([30, 20, 9]) / 59)
+def test_the_reasoner_has_its_budgets_beside_it() -> None:
+    found = KVBudget(380, policy="latest", layer_budgets="calibrated").for_model(resolve("reasoner").path, 10)
+    assert isinstance(found.layer_budgets, tuple)
+    assert sum(found.layer_budgets) == 3800
+    assert found.layer_budgets[3] == max(found.layer_budgets) > 2 * 380
 
 
-def test_scores_are_made_comparable() -> None:
-    score = np.array([[1, 3, 2], [-10, -10, -10]], np.float32)
-    assert calibrate.comparable("snapkv", score).tolist() == [[0, 1, 0.5], [0, 0, 0]]
-    assert (calibrate.comparable("latest", score) == score).all()
+# -- the measurement -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("calibrate") / "chatter.gguf"
     shape = {"layers": LAYERS, "heads": 4, "kv_heads": 2, "ff": 64, "type": "q4_0", "gain": 3.0}
     return Path(make_random_model(file, tokenizer=smollm2(), **shape))
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> Iterator[Model]:
+    """It, for measurements."""
+    with Model(model) as made:
+        yield made
 
 
 @pytest.fixture
@@ -96,141 +111,166 @@ def make(model: Path) -> Iterator[Make]:
         llama.close()
 
 
-def simulated(llama: Llama, kv: KVBudget, tokens: list[int]) -> calibrate._Simulation:
-    """A simulation that saw these tokens."""
-    simulation = calibrate._Simulation(llama, kv)
-    llama.on_decode = lambda past: simulation.look()
-    for token in tokens:
-        llama.eval([token])
-    return simulation
+def random_trace(n: int, seed: int = 1, n_prompt: int = 5) -> calibrate.Trace:
+    tokens = np.random.default_rng(seed).integers(0, 4000, n, dtype=np.int32)
+    return calibrate.Trace(tokens, n_prompt)
 
 
-@pytest.mark.parametrize("policy", ["latest", "rkv", "snapkv"])
-def test_simulation_evicts_as_the_engine_does(
-    make: Make, policy: str, monkeypatch: pytest.MonkeyPatch
+def probabilities(model: Model, kv: KVBudget | None, trace: calibrate.Trace) -> Any:
+    """float64 [n, n_vocab] of the next token, read a buffer at a time."""
+    with Context(model, Setting(kv=kv, n_ctx=LENGTH, n_outputs=KV.buffer)) as context:
+        found = []
+        for start in range(0, len(trace.tokens), KV.buffer):
+            part = trace.tokens[start : start + KV.buffer]
+            context.feed(0, part, start, outputs=True)
+            found.append(np.exp(context.logits(len(part)).astype(np.float64)))
+    every = np.concatenate(found)
+    return every / every.sum(axis=1, keepdims=True)
+
+
+def test_damage_against_contexts_of_its_own(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The divergence over the 256 likeliest tokens and all others together, counted out."""
+    monkeypatch.setattr(calibrate, "SMALL", 1e-9)
+    traces = [random_trace(LENGTH), random_trace(90, 2)]
+    sizes, damage = calibrate.measure(loaded, KV, traces)
+    assert tuple(sizes) == SIZES
+    full = [probabilities(loaded, None, trace) for trace in traces]
+    for layer, curve in enumerate(damage):
+        assert curve is not None
+        assert None not in curve
+        for size, found in zip(SIZES, curve, strict=True):
+            budgets = [LENGTH] * LAYERS
+            budgets[layer] = size
+            kv = replace(KV, budget=LENGTH, layer_budgets=tuple(budgets))
+            nats: list[float] = []
+            for trace, p in zip(traces, full, strict=True):
+                q = probabilities(loaded, kv, trace)
+                assert np.abs(p[:48] - q[:48]).max() < 1e-4  # 32 cells are full after three buffers
+                for a, b in zip(p[48:], q[48:], strict=True):
+                    top = np.argsort(-a)[:256]
+                    a, b = (np.append(x[top], np.delete(x, top).sum()) for x in (a, b))
+                    nats.append(float((a * np.log(a / b)).sum()))
+            assert found == pytest.approx(np.mean(nats), rel=0.02, abs=1e-5)
+
+
+def test_layers_that_hardly_suffer_are_not_tried_with_more(
+    loaded: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With equal shares the first eviction is the engine's: the same keys, queries, pins and window."""
-    kv = replace(KV, policy=policy)
-    tokens = np.random.default_rng(1).integers(0, 4000, kv.budget + kv.buffer + 1).tolist()
-    monkeypatch.setattr(calibrate, "share_of_wins", lambda scores, slots: np.full(LAYERS, 1 / LAYERS))
-    simulation = simulated(make(calibrate.full_cache(kv, LENGTH)), kv, tokens)
-    engine = make(kv)
-    for token in tokens:
-        engine.eval([token])
-    assert engine.kv_stats().compactions == 1
-    for layer in range(LAYERS):
-        for head in range(2):
-            kept = engine.kv_kept(layer, head)[:-1]
-            assert len(kept) == kv.budget
-            assert simulation._kept[layer][:, head].tolist() == kept.tolist()
+    said = {(0, 32): 1.0, (0, 48): 0.5, (0, 72): 0.4, (1, 32): 0.2, (1, 48): 0.0009, (2, 32): 0.0005}
+    asked: list[tuple[int, int]] = []
+
+    def damage(self: Any, layer: int, size: int) -> float:
+        asked.append((layer, size))
+        return said[layer, size]
+
+    monkeypatch.setattr(calibrate._Reading, "damage", damage)
+    sizes, found = calibrate.measure(loaded, KV, [random_trace(LENGTH)])
+    assert asked == [(0, 32), (1, 32), (2, 32), (0, 48), (0, 72), (1, 48)]
+    assert (tuple(sizes), found) == (SIZES, [(1.0, 0.5, 0.4), (0.2, 0.0009, None), (0.0005, None, None)])
 
 
-def test_similarities_survive_evictions(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`latest` looks at all later keys, also those that have gone: against all keys of the full cache."""
-    llama, kv = make(calibrate.full_cache(KV, LENGTH)), replace(KV, lam=0.0)
-    tokens = np.random.default_rng(2).integers(0, 4000, LENGTH - 1).tolist()
-    scores: list[tuple[int, Any, Any]] = []
-    simulation = calibrate._Simulation(llama, kv)
-    score = simulation._score
-
-    def noted(layer: int, cells: Any) -> Any:
-        scores.append((layer, cells, score(layer, cells)))
-        return scores[-1][2]
-
-    monkeypatch.setattr(simulation, "_score", noted)
-    llama.on_decode = lambda past: simulation.look()
-    for token in tokens:
-        llama.eval([token])
-    assert len(simulation._trace) == 4
-    for layer, cells, got in scores[-LAYERS:]:
-        assert len(np.unique(np.diff(cells[:, 0]))) > 1  # some have gone
-        for head in range(2):
-            k = _native.keys_unrotated(llama.ctx, layer, head)[: cells.max() + 1].astype(np.float64)
-            k /= np.linalg.norm(k, axis=1, keepdims=True)
-            rows = cells[: -kv.window, head]
-            best = [(k[p + 1 :] @ k[p]).max() for p in rows]
-            np.testing.assert_allclose(got[head, : len(rows)], -np.array(best), atol=2e-3)  # the cache is f16
-
-
-def test_layers_whose_keys_repeat_win_less(make: Make) -> None:
-    """Scores that differ by layer: the layer that is always ahead fills up, the others share the rest."""
-    simulation = calibrate._Simulation(make(calibrate.full_cache(KV, LENGTH)), KV)
-    llama = simulation._llama
-    rng = np.random.default_rng(0)
-    ahead = {0: 0.0, 1: 9.0, 2: 0.0}
-    simulation._score = lambda i, cells: rng.normal(ahead[i], 1, cells.T.shape).astype(np.float32)  # type: ignore[method-assign]
-    llama.on_decode = lambda past: simulation.look()
-    for token in range(LENGTH - 1):
-        llama.eval([token])
-    widest = [len(simulation._kept[i]) for i in range(LAYERS)]
-    assert widest[1] > 90  # of 104 tokens; budgets allow 120 less 8 for each of the others
-    assert sum(widest) <= LAYERS * KV.budget
-    assert min(widest) >= KV.least_budget
-    for i in range(LAYERS):
-        kept = simulation._kept[i]
-        assert (kept[: KV.pin] == np.arange(KV.pin)[:, None]).all()
-        assert (np.diff(kept, axis=0) > 0).all()
-        end = simulation._seen
-        assert (kept[-KV.window :] == np.arange(end - KV.window, end)[:, None]).all()
-
-
-def test_calibration_of_a_model(make: Make, model: Path) -> None:
-    llama = make(calibrate.full_cache(KV, LENGTH), n_ctx=LENGTH)
-    prompts = [llama.tokenize(b"How many ships?"), llama.tokenize(b"And how many lamps are there?")]
+def test_calibration_of_a_model(loaded: Model, model: Path) -> None:
+    prompts = [loaded.prompt("How many ships?"), loaded.prompt("And how many lamps are there?")]
     seen: list[tuple[int, int]] = []
-    made = calibrate.calibrate(
-        llama, KV, prompts, 2 * LENGTH, progress=lambda *now: seen.append(now), temp=0.0
-    )
-    assert len(made.shares) == LAYERS
-    assert sum(share or 0 for share in made.shares) == pytest.approx(1)
-    assert (made.tokens, made.compactions, made.policy) == (2 * LENGTH, 2 * 3, "latest")
-    assert (made.model, (made.bytes, made.fingerprint)) == (model.name, fingerprint(model))
-    assert seen[-1][1] == 2 * LENGTH
+
+    def made(n_tokens: int, **more: Any) -> Calibration:
+        return calibrate.calibrate(loaded, KV, prompts, n_tokens, length=LENGTH, **more)
+
+    first = made(200, progress=lambda *now: seen.append(now))
+    assert (first.tokens, first.policy, first.sizes) == (200, "latest", SIZES)
+    assert (first.model, (first.bytes, first.fingerprint)) == (model.name, fingerprint(model))
+    assert first.settings["buffer"] == 16
+    assert "budget" not in first.settings
+    assert len(first.damage) == LAYERS
+    assert all(curve and curve[0] and curve[0] > 0 for curve in first.damage)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert llama.kv_stats().compactions == 0
-    assert calibrate.calibrate(llama, KV, prompts, 2 * LENGTH, temp=0.0) == made
-    drawn = [calibrate.calibrate(llama, KV, prompts, LENGTH, temp=2.0, seed=seed) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1]
-    assert drawn[0].shares != drawn[2].shares
-    one, two = (calibrate.calibrate(llama, KV, prompts[:1], n * LENGTH, temp=2.0) for n in (1, 2))
-    assert one.shares != two.shares  # the second trace is another one
+    assert all(done <= about for done, about in seen)
+    assert seen[-1][0] == seen[-1][1]
+    assert made(200) == first
+    assert made(200, seed=1).damage != first.damage
+    assert made(10_000, temp=0.0).tokens <= 2 * LENGTH  # each prompt once
 
 
-def test_layers_without_cells_take_no_share(make: Make, tmp_path: Path) -> None:
-    kv = replace(KV, policy="snapkv")
+@pytest.mark.parametrize("policy", ["rpc", "streaming", "value-aware"])
+def test_any_policy_can_be_measured(loaded: Model, policy: str) -> None:
+    kv = KVBudget(400, buffer=16, policy=policy)
+    sizes, damage = calibrate.measure(loaded, kv, [random_trace(LENGTH, n_prompt=60)])
+    assert sizes == [size for size in SIZES if size >= kv.least_budget]
+    assert all(curve and curve[0] and curve[0] > 0 for curve in damage)
+
+
+def test_layers_without_cells_have_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evals_model.low, "llama_vocab_type", lambda vocab: 1)  # it has none
     path = write_family(tmp_path / "windows.gguf", "window, soft-cap")
-    llama = make(calibrate.full_cache(kv, LENGTH), path)
-    made = calibrate.calibrate(llama, kv, [[1, 2, 3]], LENGTH, temp=0.0)
-    governed = set(_native.governed_layers(llama.ctx))
-    assert {i for i, share in enumerate(made.shares) if share is not None} == governed
-    assert None in made.shares
-    made.save(beside(path))
-    budgets = replace(kv, layer_budgets="calibrated").for_model(path).budgets(len(made.shares))
-    assert sum(budgets) == len(budgets) * kv.budget
-    assert all(budgets[i] == kv.budget for i in range(len(budgets)) if i not in governed)
+    trace = calibrate.Trace(np.arange(LENGTH, dtype=np.int32) * 7 % 96, 5)
+    with Model(path) as loaded:
+        sizes, damage = calibrate.measure(loaded, KV, [trace])
+        setting = Setting(kv=KV, n_ctx=LENGTH)
+        with Context(loaded, setting) as context:
+            governed = set(_native.governed_layers(context.raw))
+    assert {i for i, curve in enumerate(damage) if curve is not None} == governed
+    assert None in damage
+    Calibration.of(path, KV, sizes, damage, LENGTH).save(beside(path))
+    budgets = replace(KV, layer_budgets="calibrated").for_model(path).budgets(len(damage))
+    assert sum(budgets) == len(budgets) * KV.budget
+    assert all(budgets[i] == KV.budget for i in range(len(budgets)) if i not in governed)
 
 
 @pytest.mark.parametrize(
     ("kv", "length", "line"),
     [
-        (KVBudget(policy="streaming"), 4096, "policy is streaming, must be one of latest, rkv, snapkv"),
-        (KVBudget(policy="none"), 4096, "policy is none, must be one of"),
-        (KVBudget(budget=512), 767, "length is 767, must be at least 768"),
+        (KVBudget(policy="given"), 4096, "policy is given, must be one that chooses"),
+        (KVBudget(policy="none"), 4096, "policy is none, must be one that chooses"),
+        (KVBudget(), 287, "length is 287, must be at least 288 with buffer 128"),
+        (KVBudget(policy="rpc"), 303, "must be at least 304"),
+        (KVBudget(3000, pin=2900), 4096, "window and pin are 2908 tokens, must be less than 2,768"),
     ],
 )
-def test_what_cannot_be_measured(kv: KVBudget, length: int, line: str) -> None:
+def test_what_cannot_be_measured(loaded: Model, kv: KVBudget, length: int, line: str) -> None:
     with pytest.raises(ValueError, match=line):
-        calibrate.full_cache(kv, length)
+        calibrate.calibrate(loaded, kv, [[1]], length=length)
 
 
-def test_wrong_llama_or_prompts(make: Make) -> None:
-    for kv in (KV, replace(calibrate.full_cache(KV, LENGTH), lam=0.5)):
-        with pytest.raises(ValueError, match="must be made with kv=full_cache"):
-            calibrate.calibrate(make(kv), KV, [[1]])
-    llama = make(calibrate.full_cache(KV, LENGTH))
+def test_wrong_prompts_and_short_answers(loaded: Model) -> None:
     for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="none of them empty"):
-            calibrate.calibrate(llama, KV, prompts)
+            calibrate.calibrate(loaded, KV, prompts, length=LENGTH)
+    with pytest.raises(ValueError, match="length is 120, must be more than a prompt's 120 tokens"):
+        calibrate.calibrate(loaded, KV, [[1], [1] * 120], length=LENGTH)
+    with pytest.raises(ValueError, match="the answers are too short: length is 30, must be at least 64"):
+        calibrate.calibrate(loaded, KV, [[1]], 30, length=LENGTH)
+
+
+@pytest.mark.parametrize("limit", [50, 250])  # while it answers, while it reads
+def test_it_can_be_stopped(loaded: Model, limit: int) -> None:
+    seen = [0]
+
+    def stop() -> bool:
+        return seen[-1] >= limit
+
+    with pytest.raises(calibrate.Stopped):
+        calibrate.calibrate(
+            loaded, KV, [[1]], 120, length=LENGTH, progress=lambda now, _: seen.append(now), stop=stop
+        )
+    assert limit <= seen[-1] < limit + 2 * KV.buffer
+
+
+@pytest.mark.slow
+def test_the_reasoner_looks_facts_up_in_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 3 loses far more than any other (docs/lab-log.md, 2026-11-28)."""
+    monkeypatch.setattr(calibrate, "SIZES", (64, 128, 256))
+    question = (
+        "Ann has 17 more coins than Tom. Tom has 25 coins. Mia has 9 fewer coins than Leo. Leo has 3"
+        " times as many coins as Ann. Sam has half as many coins as Zoe. Zoe has 13 more coins than Mia."
+        " How many coins do they have in all? Check 12 times."
+    )
+    with Model(resolve("reasoner").path) as loaded:
+        kv = KVBudget(policy="latest", recent=0, buffer=64)
+        made = calibrate.calibrate(loaded, kv, [loaded.prompt(question)], 700, length=700)
+    first = [curve[0] or 0.0 for curve in made.damage if curve is not None]
+    assert first[3] > 3 * max(first[:3] + first[4:])
+    assert made.damage[3] is not None
+    assert (np.diff([x or 0.0 for x in made.damage[3]]) < 0).all()
 
 
 # -- the file ------------------------------------------------------------------------------------------
@@ -242,7 +282,8 @@ def calibrated(model: Path, tmp_path: Path) -> tuple[Path, Path, Calibration]:
     path = tmp_path / "a model.gguf"
     shutil.copy(model, path)
     size, digest = fingerprint(path)
-    made = Calibration(path.name, size, digest, "latest", {"budget": 40}, (0.5, 0.2, 0.3), 240, 4, "0.1.0")
+    damage = ((0.9, 0.1, 0.05), (0.001, None, None), (0.3, 0.2, 0.0))
+    made = Calibration(path.name, size, digest, "latest", {"buffer": 16}, SIZES, damage, 240, "0.1.0")
     made.save(beside(path))
     return path, beside(path), made
 
@@ -252,8 +293,8 @@ def test_file_comes_back(calibrated: tuple[Path, Path, Calibration]) -> None:
     assert file.name == "a model.rkv.json"
     assert Calibration.load(file, path) == made
     found = json.loads(file.read_text())
-    assert (found.pop("format"), found.pop("version")) == ("rkv-local calibration", 1)
-    assert found == {**asdict(made), "shares": list(made.shares)}
+    assert (found.pop("format"), found.pop("version")) == ("rkv-local calibration", 2)
+    assert found == {**asdict(made), "sizes": list(SIZES), "damage": [list(c or ()) for c in made.damage]}
     assert list(path.parent.iterdir()) == [path, file] or list(path.parent.iterdir()) == [file, path]
 
 
@@ -262,9 +303,9 @@ def test_budgets_in_use(calibrated: tuple[Path, Path, Calibration], make: Make) 
     for where in ("calibrated", str(file)):
         kv = replace(KV, policy="rkv", layer_budgets=where)  # any policy
         assert kv.is_calibrated
-        expected = share_out(made.shares, 40, 8)
-        assert expected == [56, 27, 37]
-        assert kv.for_model(path).layer_budgets == (56, 27, 37)
+        expected = allocate(SIZES, made.damage, 40, 8)
+        assert expected == [48, 13, 59]
+        assert kv.for_model(path).layer_budgets == (48, 13, 59)
         llama = make(kv, path)
         assert [_native.layer_of(llama.ctx, i).budget for i in range(LAYERS)] == expected
         assert llama.kv is not None
@@ -296,20 +337,25 @@ def changed(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (lambda found: "\xff", "it is not JSON"),
         (lambda found: "[1]", "is no calibration"),
         (changed(format="x"), "is no calibration"),
-        (changed(version=2), "has version 2, not 1"),
+        (changed(version=1), "has version 1, not 2"),
         (changed(more=1), "this key is missing or unknown: more"),
         (
-            lambda found: json.dumps({"format": found["format"], "version": 1}),
+            lambda found: json.dumps({"format": found["format"], "version": 2}),
             "these keys are missing or unknown",
         ),
         (changed(tokens="many"), "tokens is 'many'"),
         (changed(bytes=True), "bytes is 'True'"),
-        (changed(shares=[0.5, 0.2, 0.4]), "the shares add up to 1.1"),
-        (changed(shares=[0.5, 0.8, -0.3]), "a share is -0.3"),
-        (changed(shares=[0.5, 0.5, float("nan")]), "a share is nan"),
-        (changed(shares=[0.5, 0.5, "0"]), "a share is '0'"),
-        (changed(shares=[None, None, None]), "the shares add up to 0"),
-        (changed(shares=[0.5, 0.5]), "2 shares for 3 layers"),
+        (changed(sizes=[]), "sizes is []"),
+        (changed(sizes=[32, 32, 72]), "sizes is [32, 32, 72]"),
+        (changed(sizes=[32, 48, 72.5]), "sizes is [32, 48, 72.5]"),
+        (changed(sizes=[32, 48]), "a layer's damage is [0.9, 0.1, 0.05]"),
+        (changed(damage=[None, None, None]), "there is no damage"),
+        (changed(damage=[0.5, None, None]), "a layer's damage is 0.5"),
+        (changed(damage=[[None, 0.5, 0.1], None, None]), "a layer's damage is [None, 0.5, 0.1]"),
+        (changed(damage=[[0.5, 0.1, -0.1], None, None]), "a damage is -0.1"),
+        (changed(damage=[[0.5, float("nan"), 0.1], None, None]), "a damage is nan"),
+        (changed(damage=[[0.5, "0", 0.1], None, None]), "a damage is '0'"),
+        (changed(damage=[[0.5, 0.2, 0.1], None]), "2 curves for 3 layers"),
         (changed(bytes=17), "belongs to another model, a model.gguf of 17 bytes"),
         (changed(fingerprint="sha256:0"), "belongs to another model"),
     ],
@@ -352,12 +398,12 @@ def test_command_writes_what_run_uses(model: Path, tmp_path: Path) -> None:
     shutil.copy(model, path)
     result = invoke("calibrate", str(path), *SMALL)
     assert result.exit_code == 0, result.output
-    assert re.search(re.escape(f"{beside(path)}: 240 tokens, ") + "[1-9]+ compactions", result.stderr)
+    assert re.search(re.escape(f"{beside(path)}: ") + "[1-9][0-9]+ tokens, 3 sizes", result.stderr)
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert rows[0] == ["LAYER", "SHARE", "CELLS", "OF", "40"]
-    assert sum(int(row[2]) for row in rows[1:]) == LAYERS * 40
+    assert rows[0] == ["LAYER", "NATS", "AT", "32", "48", "72", "CELLS", "OF", "40"]
+    assert sum(int(row[-1]) for row in rows[1:]) == LAYERS * 40
     made = Calibration.load(beside(path), path)
-    assert (made.policy, made.settings["budget"]) == ("latest", 40)
+    assert (made.policy, made.settings["buffer"]) == ("latest", 16)
     run = (
         "run",
         str(path),
@@ -408,9 +454,10 @@ def test_command_elsewhere_with_own_prompts(tmp_path: Path) -> None:
     ("args", "code", "line"),
     [
         (("--kv-policy", "none"), 2, "there is nothing to share out"),
-        (("--kv-policy", "streaming"), 2, "must be one of latest, rkv, snapkv to compare layers by"),
-        (("--kv-layer-budgets", "pyramid"), 2, "is what is measured here"),
-        (("--length", "700"), 2, "--length is 700, must be at least 768"),
+        (("--kv-policy", "given"), 2, "policy is given, must be one that chooses cells by itself"),
+        (("--kv-layer-budgets", "pyramid"), 2, "--kv-layer-budgets"),
+        (("--length", "287"), 2, "--length is 287, must be at least 288"),
+        (("--kv-budget", "8"), 2, "budget is 8, must be larger than window"),
         (("-o", "no/such/x.json"), 2, "there is no folder 'no/such'"),
         (("-o", "model.gguf"), 2, "must end in .json"),
         (("-o", "."), 2, "it is a folder"),
@@ -424,6 +471,19 @@ def test_wrong_usage(args: tuple[str, ...], code: int, line: str) -> None:
     assert result.exit_code == code, result.output
     assert line in error_line(result)
     assert not beside(talker()).exists()
+
+
+def test_models_and_prompts_that_do_not_serve(tmp_path: Path) -> None:
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("why? " * 400, encoding="utf-8")
+    for args, line in (
+        ((str(mute()),), "has no vocabulary"),
+        ((str(talker()), "--prompts", str(prompts), "--length", "300"), "length is 300, must be more than"),
+    ):
+        result = invoke("calibrate", *args, "-o", str(file))
+        assert result.exit_code == 1, result.output
+        assert line in error_line(result)
+    assert not file.exists()
 
 
 def test_interrupt_writes_nothing(tmp_path: Path) -> None:

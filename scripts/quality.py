@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quality_plan import REASONER, STAGES, jobs_of
 from rkv_local.evals import report as made
@@ -38,8 +39,7 @@ From the repository's root, in its environment (`python3 bootstrap.py`, then
 
 ```sh
 .venv/bin/python scripts/quality.py plan                          # the stages, and how much each of them is
-.venv/bin/rkv-local calibrate models/rkv-reasoner.gguf -o docs/quality/rkv-reasoner.rkv.json
-.venv/bin/rkv-local calibrate smollm2 -o docs/quality/smollm2.rkv.json
+.venv/bin/rkv-local calibrate smollm2 -o docs/quality/smollm2.rkv.json   # the reasoner's lies beside it
 .venv/bin/python scripts/quality.py run --stage all -o docs/quality/mine.jsonl   # repeat it to continue
 .venv/bin/python scripts/quality.py report
 ```
@@ -118,11 +118,21 @@ def merge(args: argparse.Namespace) -> None:
     packed(read(args.files), args.output)
 
 
+def whole(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the rows that time cut off: what they lack are the longest answers."""
+    full = {str(r["task"]): r["problems"] for r in rows if r["kv"] is None and r["type_k"] == "f16"}
+    return [
+        r
+        for r in rows
+        if r["task"].get("kind") not in KINDS or r["problems"] >= min(BASE, full[str(r["task"])])
+    ]
+
+
 def page(data: Path, target: Path, notes: Path, draw: bool) -> str:
     """The page's text. draw: make the plots, too. Raises ImportError without matplotlib."""
     from rkv_local.evals import plots
 
-    rows = summaries(read(files_of(data)))
+    rows = whole(summaries(read(files_of(data))))
     folder = target.parent / "plots"
     found = plots.draw(rows, folder, target) if draw and rows else plots.paths(rows, folder, target)
     text = notes.read_text(encoding="utf-8") if notes.exists() else ""

@@ -31,7 +31,7 @@ ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 OWN_ABLATIONS: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     "rkv": (("threshold", (0.3, 0.7)), ("reference", (True,))),
-    "latest": (("recent", (8, 48, 192)), ("n_sim", (2, 4)), ("layer_budgets", ("uniform", "pyramid"))),
+    "latest": (("recent", (8, 48, 192)), ("n_sim", (2, 4)), ("layer_budgets", ("pyramid",))),
 }
 
 

@@ -193,31 +193,33 @@ def by_distance(section: Section) -> list[str]:
     return out + ([markdown_table(["", "cache", "distance"], full, [False] * 3)] if full else [])
 
 
+_SHARED = "One index set for all heads and layers, against one for each (every layer the same budget)"
+_LAYERS = "Calibrated budgets by layer, against uniform ones"
 # a word of a variant's name: (title, what the line without it is, what the line with it is)
 CONTRASTS = {
-    "shared_heads": (
-        "One index set for all heads and layers, against one for each",
-        "each layer and head its own cells",
-        "one index set for all",
-    ),
-    "layers=calibrated": ("Calibrated budgets by layer, against uniform ones", "uniform", "calibrated"),
+    "shared_heads": (_SHARED, "each layer and head its own cells", "one index set for all"),
+    "layers=calibrated": (_LAYERS, "uniform", "calibrated"),
+    "layers=uniform": (_LAYERS, "calibrated", "uniform"),
 }
 
 
 def contrasts(section: Section) -> list[str]:
     """Tables of two ways beside each other, where one was measured as an alternative to the other."""
-    out = []
+    tables: dict[str, list[tuple[str, list[Row | None]]]] = {}
     for word, (name, usual, other) in CONTRASTS.items():
-        lines: list[tuple[str, list[Row | None]]] = []
         for label in section.variants():
             if word not in label.split():
                 continue
-            plain = " ".join(part for part in label.split() if part != word)
+            lines = tables.setdefault(name, [])
+            plain = policy = " ".join(part for part in label.split() if part != word)
+            if word == "shared_heads" and f"{plain} layers=uniform" in section.variants():
+                plain += " layers=uniform"  # one index set has no budgets by layer
             with_word = line(section, label)
             without = [r if w else None for r, w in zip(line(section, plain), with_word, strict=True)]
-            lines += [(f"{plain}: {usual}", without), (f"{plain}: {other}", with_word)]
-        if lines:
-            out += [f"**{name}:**", grid(section, lines, lambda row: counted(section, row))]
+            lines += [(f"{policy}: {usual}", without), (f"{policy}: {other}", with_word)]
+    out = []
+    for name, lines in tables.items():
+        out += [f"**{name}:**", grid(section, lines, lambda row: counted(section, row))]
     return out
 
 

@@ -67,6 +67,7 @@ class RkvParams(ctypes.Structure):
         ("n_sim", c_uint32),
         ("memory", c_float),
         ("chunk", c_uint32),
+        ("recent", c_uint32),
         ("growth", c_uint32),
         ("value_share", c_float),
         ("seed", c_uint32),
@@ -186,6 +187,7 @@ def params(
     out.window, out.pin, out.pool, out.n_sim = spec.window, spec.pin, spec.pool, spec.n_sim
     out.lambda_, out.threshold, out.reference = spec.lam, spec.threshold, spec.reference
     out.growth, out.shared_heads = growth, shared_heads
+    out.recent = max(spec.recent, spec.window)
     out.memory, out.chunk, out.value_share, out.seed = spec.memory, spec.chunk, spec.value_share, spec.seed
     out.n_batch_seq = batch
     if layer_budgets:

@@ -42,6 +42,7 @@ class Spec:
     policy: str = "rkv"
     budget: int = 64
     window: int = 8
+    recent: int = 0
     pin: int = 4
     pool: int = 7
     lam: float = 0.1
@@ -57,6 +58,11 @@ class Spec:
     softcap: float = 0.0
     sinks: NDArray[np.float32] | None = None  # [n_head]
     rope: Rope = field(default_factory=Rope)
+
+    def tail(self, budget: int | None = None) -> int:
+        """The most recent cells that are kept whatever their score."""
+        cells = self.budget if budget is None else budget
+        return max(self.window, min(self.recent, cells // 2, cells - self.pin - 1))
 
     @property
     def n_aux(self) -> int:
@@ -317,10 +323,10 @@ def select(
 
 
 def top_rows(z: Floats, n: int, spec: Spec) -> Ints:
-    """Pinned rows, the best others by z (ties: the lower index) and the window: budget rows, ascending."""
-    slots = spec.budget - spec.window - spec.pin
-    order = np.argsort(-z[spec.pin : n - spec.window], kind="stable") + spec.pin
-    return np.sort(np.concatenate([np.arange(spec.pin), order[:slots], np.arange(n - spec.window, n)]))
+    """Pinned rows, the best others by z (ties: the lower index) and the tail: budget rows, ascending."""
+    slots = spec.budget - spec.tail() - spec.pin
+    order = np.argsort(-z[spec.pin : n - spec.tail()], kind="stable") + spec.pin
+    return np.sort(np.concatenate([np.arange(spec.pin), order[:slots], np.arange(n - spec.tail(), n)]))
 
 
 # --- comparing a float32 selection with this one --------------------------------------------------
@@ -383,7 +389,7 @@ SIZE = {"keydiff": 0.5, "triattention": 5.0, "value-aware": 10.0}
 def _boundary_complaint(got: Ints, rows: Ints, z: Floats, spec: Spec, rel: float) -> str:
     """Why `got` is no near-tie of `rows` under scores z; "" if it is one."""
     extra, lost = np.setdiff1d(got, rows), np.setdiff1d(rows, got)
-    fixed = (lost < spec.pin) | (lost >= z.size)
+    fixed = (lost < spec.pin) | (lost >= z.size + spec.window - spec.tail())
     if extra.size != lost.size or fixed.any() or (extra >= z.size).any():
         return f"kept {extra}, dropped {lost}: pinned or window rows differ"
     if extra.size == 0:

@@ -31,10 +31,27 @@ SIZES: dict[str, int | float] = {
 }
 
 
-def test_defaults_are_the_published_ones() -> None:
-    kv = KVBudget()
+@pytest.mark.parametrize(("policy", "recent"), [("rkv", 0), ("latest", 96)])
+def test_sizes_are_the_published_ones(policy: str, recent: int) -> None:
+    kv = KVBudget(policy=policy)
     assert {name: getattr(kv, name) for name in SIZES} == SIZES
-    assert (kv.policy, kv.reference, kv.batch, kv.layer_budgets) == ("rkv", False, None, None)
+    assert (kv.recent, kv.reference, kv.batch, kv.layer_budgets) == (recent, False, None, None)
+    assert KVBudget().policy == "latest"
+
+
+def test_recent_tokens_of_a_layer() -> None:
+    """At most half of the layer's budget, at least the window, never where pinned tokens are."""
+    kv = KVBudget(budget=512)
+    assert [kv.recent_of(n) for n in (1024, 192, 190, 16, 13)] == [96, 96, 95, 8, 8]
+    assert KVBudget(budget=512, pin=450).recent_of(512) == 61
+    assert KVBudget(budget=512, policy="rkv").recent_of(512) == 8
+    assert KVBudget(budget=512, policy="rkv", recent=40).recent_of(512) == 40
+    assert KVBudget(budget=512, recent=0).recent_of(512) == 8
+    assert KVBudget(budget=128, pin="prompt").prompt_pin(1000) == 63
+    assert KVBudget(budget=128, policy="rkv", pin="prompt").prompt_pin(1000) == 64
+    for wrong in (-1, 4097, 1.5):
+        with pytest.raises(ValueError, match=r"^recent is .*, must be an integer from 0 to 4096$"):
+            KVBudget(recent=wrong)  # type: ignore[arg-type]
 
 
 def test_frozen_hashable_and_picklable() -> None:
@@ -203,15 +220,16 @@ def test_bytes_of_smollm2_by_hand() -> None:
     # 512 + 256 cells; per layer K and V rows of 3 heads * 64 * 2 bytes, 9 queries of 9 heads * 64 * 4 bytes,
     # positions of 3 heads * 4 bytes
     per_layer = 768 * (384 + 384) + 9 * 9 * 64 * 4 + 768 * 3 * 4
-    assert KVBudget(budget=512).bytes_for(SMOL) == 30 * per_layer == 18_593_280
-    assert KVBudget(budget=512).bytes_for(SMOL, n_seq=4) == 4 * 30 * per_layer
+    kv = KVBudget(budget=512, policy="rkv")
+    assert kv.bytes_for(SMOL) == 30 * per_layer == 18_593_280
+    assert kv.bytes_for(SMOL, n_seq=4) == 4 * 30 * per_layer
 
 
 def test_bytes_of_stored_similarities() -> None:
     rkv, one, three = (
+        KVBudget(budget=512, policy="rkv"),
         KVBudget(budget=512),
-        KVBudget(budget=512, policy="latest"),
-        KVBudget(budget=512, policy="latest", n_sim=3),
+        KVBudget(budget=512, n_sim=3),
     )
     per_slot = 30 * 768 * 3 * 4
     assert one.bytes_for(SMOL) - rkv.bytes_for(SMOL) == per_slot

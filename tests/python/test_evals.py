@@ -245,7 +245,7 @@ def test_a_store_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "r.jsonl"
     with Store(file) as store:
         full = filled(store, config(), 3, 4)
-        small = filled(store, config(KVBudget(budget=100), percent=10.0), 1, 4)
+        small = filled(store, config(KVBudget(budget=100, policy="rkv"), percent=10.0), 1, 4)
     with Store(file) as again:
         assert again.configs == {full.key: full, small.key: small}
         assert set(again.done(small)) == {f"chain/dense/final/{i}" for i in range(4)}
@@ -304,25 +304,25 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 
 def test_what_a_configuration_is() -> None:
-    one = config(KVBudget(budget=100))
-    assert one.key == config(KVBudget(budget=100), percent=5.0).key
+    one = config(KVBudget(budget=100, policy="rkv"))
+    assert one.key == config(KVBudget(budget=100, policy="rkv"), percent=5.0).key
     others = [
-        config(KVBudget(budget=101)),
+        config(KVBudget(budget=101, policy="rkv")),
         config(KVBudget(budget=100, policy="snapkv")),
-        config(KVBudget(budget=100, lam=0.5)),
-        config(KVBudget(budget=100, batch=64)),
-        config(KVBudget(budget=100), type_k="q8_0"),
-        config(KVBudget(budget=100), task={**DENSE, "split": "dev"}),
-        config(KVBudget(budget=100), seed=1),
+        config(KVBudget(budget=100, lam=0.5, policy="rkv")),
+        config(KVBudget(budget=100, batch=64, policy="rkv")),
+        config(KVBudget(budget=100, policy="rkv"), type_k="q8_0"),
+        config(KVBudget(budget=100, policy="rkv"), task={**DENSE, "split": "dev"}),
+        config(KVBudget(budget=100, policy="rkv"), seed=1),
         config(),
     ]
     assert len({one.key, *(c.key for c in others)}) == 1 + len(others)
     assert kv_fields(KVBudget(policy="none")) is None
-    pyramid = kv_fields(KVBudget(budget=100, layer_budgets="pyramid"), 4)
+    pyramid = kv_fields(KVBudget(budget=100, layer_budgets="pyramid", policy="rkv"), 4)
     assert pyramid and pyramid["schedule"] == "pyramid" and sum(pyramid["layer_budgets"]) == 400
     assert variant(pyramid) == "rkv layers=pyramid"
     assert variant(kv_fields(KVBudget(lam=0.5, buffer=64, policy="latest"))) == "latest S=64 λ=0.5"
-    assert variant(kv_fields(KVBudget(reference=True, batch=32))) == "rkv reference batch=32"
+    assert variant(kv_fields(KVBudget(reference=True, batch=32, policy="rkv"))) == "rkv reference batch=32"
     assert variant(None) == "full cache"
 
 
@@ -337,9 +337,9 @@ def example(store: Store) -> None:
         for policy, right in (("rkv", rkv), ("latest", latest)):
             kv = KVBudget(budget=10 * percent, policy=policy)
             filled(store, config(kv, percent=float(percent)), right, 400)
-    kv = KVBudget(budget=250, lam=0.5)
+    kv = KVBudget(budget=250, lam=0.5, policy="rkv")
     filled(store, config(kv, percent=25.0), 120, 400)
-    filled(store, config(KVBudget(budget=250), type_k="q8_0", type_v="q8_0", percent=25.0), 201, 400)
+    filled(store, config(KVBudget(budget=250, policy="rkv"), type_k="q8_0", type_v="q8_0", percent=25.0), 201, 400)
 
 
 def table(text: str, start: str) -> list[list[str]]:
@@ -413,12 +413,12 @@ def test_shared_heads_are_compared_with_heads_of_their_own() -> None:
     store = Store()
     filled(store, config(), 380, 400)
     for shared in (False, True):
-        fields = {**(kv_fields(KVBudget(budget=250)) or {}), "shared_heads": shared}
+        fields = {**(kv_fields(KVBudget(budget=250, policy="rkv")) or {}), "shared_heads": shared}
         of = Config("m", "00" * 32, DENSE, fields, max_tokens=100)
         filled(store, of, 20 if shared else 200, 400)
     rows = summaries(store)
     text = report.page(rows)
-    assert table(text, "**One index set for all heads and layers, against one for each:**")[1:] == [
+    assert table(text, "**One index set for all heads and layers, against one for each (every layer the same budget):**")[1:] == [
         ["rkv: each layer and head its own cells", "50.0 % (45.1–54.9)"],
         ["rkv: one index set for all", "5.0 % (3.3–7.6)"],
     ]
@@ -431,7 +431,7 @@ def test_sections_hold_what_can_be_compared() -> None:
     filled(store, config(task={**DENSE, "kind": "sparse"}), 1, 2)
     filled(store, config(seed=1, temp=0.5), 1, 2)
     kl = config(
-        KVBudget(budget=64), task={"task": "kl", "text": "t", "text_sha256": "0", "tokens": 512, "step": 16}
+        KVBudget(budget=64, policy="rkv"), task={"task": "kl", "text": "t", "text_sha256": "0", "tokens": 512, "step": 16}
     )
     store.begin(kl, {})
     for id, value in (("0@0", 9.0), ("0@256", 0.5), ("1@0", 9.0), ("1@256", 0.7)):
@@ -452,7 +452,7 @@ def test_plots(tmp_path: Path) -> None:
     store = Store()
     example(store)
     task = {"task": "needles", "text": "t", "text_sha256": "0", "tokens": 512, "depths": 2, "seed": 0}
-    for kv in (None, KVBudget(budget=64), KVBudget(budget=128)):
+    for kv in (None, KVBudget(budget=64, policy="rkv"), KVBudget(budget=128, policy="rkv")):
         of = config(kv, task=task)
         store.begin(of, {})
         for i in range(4):

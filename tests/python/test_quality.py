@@ -205,14 +205,16 @@ def test_layers_are_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(out, "layers", *more) == 1
     assert f"{beside(model)}" in capsys.readouterr().err
     size, digest = fingerprint(model)
-    made = Calibration("m", size, digest, "latest", {}, (0.75, 0.25), 1, 1, "0")
+    curves = ((3.0, 1.0, 0.1), (0.1, 0.0, 0.0))
+    made = Calibration("m", size, digest, "latest", {}, (16, 32, 64), curves, 1, "0")
     made.save(beside(model))
     assert run(out, "layers", *more) == 0
     found = [r for r in rows(out) if r["kv"]]
-    assert {r["variant"] for r in found} == {f"{p} layers=calibrated" for p in (candidate(), PUBLISHED)}
+    assert {r["variant"] for r in found} == {f"{PUBLISHED} layers=calibrated", f"{candidate()} layers=uniform"}
     for row in found:
-        budgets = row["kv"]["layer_budgets"]
-        assert budgets[0] > budgets[1] and sum(budgets) == 2 * row["budget"]
+        if row["policy"] == PUBLISHED:
+            budgets = row["kv"]["layer_budgets"]
+            assert budgets[0] > budgets[1] and sum(budgets) == 2 * row["budget"]
 
 
 @pytest.mark.slow
@@ -283,8 +285,8 @@ def test_results_of_two_machines_lie_in_one_column() -> None:
     """Mean traces that differ a little give budgets that differ a little."""
     store, other = Store(), Store()
     filled(store, config(), 380, 400)
-    filled(store, config(KVBudget(budget=250), percent=25.0), 200, 400)
-    filled(other, config(KVBudget(budget=251), percent=25.0), 60, 100)
+    filled(store, config(KVBudget(budget=250, policy="rkv"), percent=25.0), 200, 400)
+    filled(other, config(KVBudget(budget=251, policy="rkv"), percent=25.0), 60, 100)
     filled(other, config(KVBudget(budget=251, policy="snapkv"), percent=25.0), 30, 100)
     both = Results()
     for results in (other, store):

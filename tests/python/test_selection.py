@@ -230,6 +230,10 @@ def test_first_and_later_compactions(
         {"reference": True, "pin": 4},
         {"window": 1},
         {"window": 64, "budget": 100},
+        {"recent": 40},
+        {"recent": 4096},  # half of the budget
+        {"recent": 64, "pin": 100},  # what the pinned rows leave
+        {"recent": 3},  # the window
         {"pin": 0},
         {"pin": 100},
         {"pool": 1},

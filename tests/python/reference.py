@@ -42,7 +42,6 @@ class Spec:
     policy: str = "rkv"
     budget: int = 64
     window: int = 8
-    recent: int = 0
     pin: int = 4
     pool: int = 7
     lam: float = 0.1
@@ -58,6 +57,7 @@ class Spec:
     softcap: float = 0.0
     sinks: NDArray[np.float32] | None = None  # [n_head]
     rope: Rope = field(default_factory=Rope)
+    recent: int = 0
 
     def tail(self, budget: int | None = None) -> int:
         """The most recent cells that are kept whatever their score."""

@@ -45,13 +45,13 @@ def test_rows_and_their_keys() -> None:
     assert all(set(row) == KEYS for row in rows)
     assert [(r["cache"], r["flash_attn"], r["depth"]) for r in rows] == [
         ("full", False, 0),
-        ("rkv", False, 0),
+        ("latest", False, 0),
         ("full", True, 0),
-        ("rkv", True, 0),
+        ("latest", True, 0),
         ("full", False, 256),
-        ("rkv", False, 256),
+        ("latest", False, 256),
         ("full", True, 256),
-        ("rkv", True, 256),
+        ("latest", True, 256),
         ("full", False, 80),
         ("full", True, 80),
     ]
@@ -62,7 +62,7 @@ def test_rows_and_their_keys() -> None:
         assert row["tokens"] == 64
         assert row["seconds"] == pytest.approx(64 / row["tokens_per_second"])
         assert row["spread"] >= 0
-        if row["cache"] == "rkv":
+        if row["cache"] == "latest":
             assert row["cells"] == 96
             assert row["kv_bytes"] == kv.bytes_for(str(talker()))
             # two periods in each stretch at depth 256; from an empty cache 64 tokens do not fill 96 cells
@@ -89,7 +89,7 @@ def test_several_sequences() -> None:
         assert triple["parallel"] == 3
         assert triple["tokens"] == 3 * single["tokens"]
         assert triple["cells"] == single["cells"]
-        if single["cache"] == "rkv":
+        if single["cache"] == "latest":
             assert triple["kv_bytes"] == 3 * single["kv_bytes"]
             assert triple["compactions"] == 3 * single["compactions"] == 6
 
@@ -101,7 +101,7 @@ def test_markdown() -> None:
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert table[0].split("|")[1].strip() == "cache"
-    assert [row.split("|")[1].strip() for row in table[2:]] == ["full", "rkv", "full"]
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["full", "latest", "full"]
     assert any("of the full cache at depth 80" in line for line in lines)
     assert "batch 32" in lines[0]
 
@@ -196,7 +196,7 @@ def test_bench_as_a_function_tells_what_it_does() -> None:
     told: list[str] = []
     kv = KVBudget(budget=64, buffer=32, batch=32)
     rows = bench(Plan(Path(talker()), kv, (0,), 32, 2, (False,)), told.append)
-    assert [row.cache for row in rows] == ["full", "rkv"]
+    assert [row.cache for row in rows] == ["full", "latest"]
     assert told[0] == "loading the model"
     assert told[-1] == "depth 0, repetition 2/2 (full, flash attention off)"
 

@@ -114,7 +114,7 @@ def test_refused_parameters_make_no_context(small: Model) -> None:
     assert "pool" in native.last_error()
 
 
-LIMITS = {"window": 64, "budget": 2**24, "buffer": 2**20, "n_batch_seq": 2**20, "pool": 255, "n_sim": 4}
+LIMITS = {"window": 64, "budget": 2**24, "buffer": 2**20, "n_batch_seq": 2**20, "pool": 255, "n_sim": 4, "recent": 4096}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -146,6 +146,7 @@ def test_python_wrapper_agrees_with_this_transcription(small: Model) -> None:
     for policy in ("rkv", "snapkv", "streaming", "latest"):
         idx, score = _native.select(KVBudget(budget=60, policy=policy), k, q)
         pos = np.repeat(np.arange(90, dtype=np.int32)[:, None], 2, axis=1)
-        got = native.native_select(k, q, ref.Spec(policy, budget=60, scale=0.25), pos=pos)
+        recent = KVBudget(policy=policy).recent
+        got = native.native_select(k, q, ref.Spec(policy, budget=60, scale=0.25, recent=recent), pos=pos)
         np.testing.assert_array_equal(idx, got.kept)
         np.testing.assert_array_equal(score[:, 4:82], got.score[:, 4:82])

@@ -15,7 +15,7 @@ from rkv_local import POLICIES, KVBudget, Llama, ModelShape, RKVError, Session, 
 from rkv_local.budget import POLICY_DEFAULTS
 
 pytest_plugins = ["llamas"]
-FIELDS = ("window", "lam", "pin", "pool", "memory", "chunk")
+FIELDS = ("window", "recent", "lam", "pin", "pool", "memory", "chunk")
 
 
 def small(policy: str = "snapkv", **values: Any) -> KVBudget:
@@ -42,11 +42,11 @@ def grow(llama: Llama, prompt: list[int], n: int) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_defaults_of_a_policy_give_way_to_what_is_said(policy: str) -> None:
-    usual = {"window": 8, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
+    usual = {"window": 8, "recent": 0, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
     kv = KVBudget(policy=policy)
     assert {name: getattr(kv, name) for name in FIELDS} == usual | POLICY_DEFAULTS.get(policy, {})
-    said = KVBudget(policy=policy, window=5, lam=0.3, pin=3, pool=9, chunk=20)
-    assert (said.window, said.lam, said.pin, said.pool, said.chunk) == (5, 0.3, 3, 9, 20)
+    said = KVBudget(policy=policy, window=5, recent=30, lam=0.3, pin=3, pool=9, chunk=20)
+    assert (said.window, said.recent, said.lam, said.pin, said.pool, said.chunk) == (5, 30, 0.3, 3, 9, 20)
 
 
 def test_gkv_without_memory_is_possible() -> None:
@@ -62,11 +62,13 @@ def test_memory_is_refused_where_there_is_none(policy: str) -> None:
 
 
 def test_prompt_pin() -> None:
-    kv = KVBudget(budget=100, pin="prompt")
+    kv = KVBudget(budget=100, pin="prompt", policy="rkv")
     assert (kv.n_pin, kv.least_budget) == (4, 13)
     assert [kv.prompt_pin(n) for n in (0, 30, 50, 5000)] == [0, 30, 50, 50]
-    uneven = KVBudget(budget=100, pin="prompt", layer_budgets=[160, 40])
+    uneven = KVBudget(budget=100, pin="prompt", policy="rkv", layer_budgets=[160, 40])
     assert uneven.prompt_pin(5000, 2) == 40 - 8 - 1
+    recent = KVBudget(budget=100, pin="prompt")
+    assert [recent.prompt_pin(n) for n in (30, 5000)] == [30, 100 - 50 - 1]
     assert KVBudget(pin=7).prompt_pin(30) is None
 
 

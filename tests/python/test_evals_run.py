@@ -248,9 +248,9 @@ def test_what_is_told_meanwhile(model: Model) -> None:
 
     made.stop = listen
     made.run(questions(), SMALL)
-    assert told[0] == (0.0, "rkv 24: 0/6")
+    assert told[0] == (0.0, "latest 24: 0/6")
     assert Progress().state() == (0.0, "starting")
-    assert told[-1][0] >= 2 / 6 and re.match(r"rkv 24: [2-6]/6, \d right, [\d,]+ tok/s$", told[-1][1])
+    assert told[-1][0] >= 2 / 6 and re.match(r"latest 24: [2-6]/6, \d right, [\d,]+ tok/s$", told[-1][1])
     assert made.progress.state()[0] == 1
 
 

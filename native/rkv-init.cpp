@@ -314,8 +314,8 @@ bool rkv_end_init() {
     }
     const int32_t policy = done->params.policy;
     if (rkv_needs_rope(policy) && !done->cache->all_unrotatable()) {
-        return rkv_set_error("the policy %s is not supported here: the model changes its keys after RoPE, which cannot be undone",
-            rkv_policy_name(policy));
+        return rkv_set_error("the policy %s is not supported here: the model changes its keys after RoPE, which cannot be undone; "
+            "rkv is (--kv-policy rkv)", rkv_policy_name(policy));
     }
     if (rkv_needs_values(policy) && !done->cache->all_values()) {
         return rkv_set_error("the policy %s is not supported here: the model caches no values of their own (MLA)", rkv_policy_name(policy));

@@ -142,7 +142,7 @@ def chat(state: Path) -> Iterator[Terminal]:
 
 
 def test_typing_commands_and_ctrl_d(chat: Terminal) -> None:
-    chat.say("hello there", r"generated 12 tokens", r"KV rkv \d+/96 cells", r"compactions")
+    chat.say("hello there", r"generated 12 tokens", r"KV latest \d+/96 cells", r"compactions")
     chat.say("/help", "/regen")
     chat.say("/set temperature 0", "temperature = 0")
     chat.say("/set system You are brief.", "system prompt set")

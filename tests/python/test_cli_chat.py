@@ -235,7 +235,7 @@ def test_chat_from_a_pipe() -> None:
     assert "/96 cells" in result.stderr
     assert (
         "talker.gguf" in result.stdout
-        and "policy rkv, budget 64, buffer 32, pin 4: 96 cells" in result.stdout
+        and "policy latest, budget 64, buffer 32, pin 4: 96 cells" in result.stdout
     )
     assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("turns ")] == ["1", "0"]
 

@@ -1,7 +1,8 @@
 """The shipped reasoner on 20 short problems: its weights, template, batching and eviction at work together.
 
 Bounds leave room for what other processors' rounding changes. Measured on x86-64 with AVX2: full cache 20,
-`latest` with 512 cells 20 (`rkv`: 10), `streaming` with 128 cells 0 of 20.
+`latest` with 320 cells, 28 % of the mean trace, and its budgets by layer 20 (uniform: 7), `streaming` with
+128 cells 0 of 20.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def test_the_full_cache_is_right(runner: Runner) -> None:
 
 @pytest.mark.slow
 def test_the_policy_keeps_what_is_needed(runner: Runner) -> None:
-    row = answered(runner, KVBudget(budget=512, policy=candidate()))
+    row = answered(runner, KVBudget(budget=320, policy=candidate()))
+    assert row["variant"] == candidate() and max(row["kv"]["layer_budgets"]) > 600  # the calibration was used
+    assert sum(row["kv"]["layer_budgets"]) == 10 * 320
     assert row["correct"] >= 16
-    assert row["cells"] == 512 + 256 < row["mean_tokens"]  # so that something was evicted
 
 
 @pytest.mark.slow

@@ -114,7 +114,15 @@ def test_refused_parameters_make_no_context(small: Model) -> None:
     assert "pool" in native.last_error()
 
 
-LIMITS = {"window": 64, "budget": 2**24, "buffer": 2**20, "n_batch_seq": 2**20, "pool": 255, "n_sim": 4, "recent": 4096}
+LIMITS = {
+    "window": 64,
+    "budget": 2**24,
+    "buffer": 2**20,
+    "n_batch_seq": 2**20,
+    "pool": 255,
+    "n_sim": 4,
+    "recent": 4096,
+}
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -313,6 +313,32 @@ def test_budgets_in_use(calibrated: tuple[Path, Path, Calibration], make: Make) 
         assert kv.bytes_for(path) == llama.kv_stats().bytes == kv.bytes_for(llama)
 
 
+def test_the_default_policy_uses_what_lies_beside_the_model(
+    calibrated: tuple[Path, Path, Calibration], make: Make
+) -> None:
+    path, file, _ = calibrated
+    usual = replace(KV, policy="latest", layer_budgets=None)
+    assert usual.for_model(path).layer_budgets == (48, 13, 59)
+    assert [_native.layer_of(make(usual, path).ctx, i).budget for i in range(LAYERS)] == [48, 13, 59]
+    for other in (
+        replace(usual, policy="rkv"),
+        replace(usual, layer_budgets="uniform"),
+        replace(usual, shared_heads=True),
+    ):
+        assert other.for_model(path) is other
+    assert usual.bytes_for(path) == make(usual, path).kv_stats().bytes
+    damaged = json.loads(file.read_text())
+    file.write_text(json.dumps({**damaged, "version": 1}))
+    line = (
+        r"has version 1, not 2; .* makes it anew; layer_budgets='uniform' \(--kv-layer-budgets uniform\) goes"
+    )
+    with pytest.raises(ValueError, match=line) as caught:
+        make(usual, path)
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    assert usual.for_model(path) is usual
+
+
 def test_budgets_without_a_model(model: Path) -> None:
     kv = KVBudget(layer_budgets="calibrated")
     with pytest.raises(ValueError, match="for_model\\(\\) tells what it is for a model"):

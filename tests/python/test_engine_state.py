@@ -19,7 +19,7 @@ from llama_cpp import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
 from llamas import SMALL, TEXT, MakeLlama, fresh, greedy
-from rkv_local import KVBudget, Llama, RKVError, Session
+from rkv_local import KVBudget, Llama, RKVError, Session, _native
 from tiny_models import Shape, write_model
 
 pytest_plugins = ["llamas"]
@@ -105,6 +105,35 @@ def test_a_state_of_another_budget_is_refused_and_nothing_changes(make_tiny: Mak
     state.n_tokens = 90
     other.load_state(state)
     assert other.n_tokens == 90
+
+
+@pytest.mark.parametrize("policy", ["latest", "rkv", "streaming", "h2o", "lagkv"])
+def test_the_most_recent_tokens_stay(make_tiny: MakeTiny, policy: str) -> None:
+    """In every head; of a layer half of its budget at most."""
+    budgets = (30, 55, 48)
+    kv = replace(TINY, policy=policy, recent=20, layer_budgets=budgets)
+    llama = make_tiny(kv)
+    llama.eval(PROMPT)
+    assert llama.kv_stats().compactions > 0
+    assert _native.seq_compact(llama.ctx)  # so that nothing came after the last one
+    for layer, budget in enumerate(budgets):
+        n = kv.recent_of(budget)
+        assert n == min(20, budget // 2)
+        for head in range(2):
+            held = llama.kv_kept(layer, head)
+            assert held[-n:].tolist() == list(range(llama.n_tokens - n, llama.n_tokens))
+            assert held[:2].tolist() == [0, 1]
+    state = llama.save_state()
+    with pytest.raises(RKVError, match=r"the state was saved with recent .*, this context has .*4 tokens"):
+        make_tiny(replace(kv, recent=4)).load_state(state)
+    make_tiny(kv).load_state(state)
+
+
+def test_pins_leave_room_for_the_most_recent_tokens(make_tiny: MakeTiny) -> None:
+    llama = make_tiny(replace(TINY, recent=20))
+    _native.seq_pin(llama.ctx, 48 - 20 - 1)
+    with pytest.raises(RKVError, match="beside the 20 most recent ones: at most 27"):
+        _native.seq_pin(llama.ctx, 48 - 20)
 
 
 def test_states_with_and_without_a_budget_do_not_mix(make_tiny: MakeTiny) -> None:

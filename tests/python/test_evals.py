@@ -339,7 +339,12 @@ def example(store: Store) -> None:
             filled(store, config(kv, percent=float(percent)), right, 400)
     kv = KVBudget(budget=250, lam=0.5, policy="rkv")
     filled(store, config(kv, percent=25.0), 120, 400)
-    filled(store, config(KVBudget(budget=250, policy="rkv"), type_k="q8_0", type_v="q8_0", percent=25.0), 201, 400)
+    filled(
+        store,
+        config(KVBudget(budget=250, policy="rkv"), type_k="q8_0", type_v="q8_0", percent=25.0),
+        201,
+        400,
+    )
 
 
 def table(text: str, start: str) -> list[list[str]]:
@@ -418,7 +423,10 @@ def test_shared_heads_are_compared_with_heads_of_their_own() -> None:
         filled(store, of, 20 if shared else 200, 400)
     rows = summaries(store)
     text = report.page(rows)
-    assert table(text, "**One index set for all heads and layers, against one for each (every layer the same budget):**")[1:] == [
+    assert table(
+        text,
+        "**One index set for all heads and layers, against one for each (every layer the same budget):**",
+    )[1:] == [
         ["rkv: each layer and head its own cells", "50.0 % (45.1–54.9)"],
         ["rkv: one index set for all", "5.0 % (3.3–7.6)"],
     ]
@@ -431,7 +439,8 @@ def test_sections_hold_what_can_be_compared() -> None:
     filled(store, config(task={**DENSE, "kind": "sparse"}), 1, 2)
     filled(store, config(seed=1, temp=0.5), 1, 2)
     kl = config(
-        KVBudget(budget=64, policy="rkv"), task={"task": "kl", "text": "t", "text_sha256": "0", "tokens": 512, "step": 16}
+        KVBudget(budget=64, policy="rkv"),
+        task={"task": "kl", "text": "t", "text_sha256": "0", "tokens": 512, "step": 16},
     )
     store.begin(kl, {})
     for id, value in (("0@0", 9.0), ("0@256", 0.5), ("1@0", 9.0), ("1@256", 0.7)):

@@ -82,7 +82,8 @@ def test_policies_defaults_and_checks_are_the_librarys() -> None:
         ("pin", 1016),
         ("pool", 0), ("pool", 8), ("lambda_", -0.1), ("lambda_", 1.1), ("lambda_", float("nan")),
         ("threshold", 1.5), ("threshold", float("nan")), ("n_sim", 0), ("n_sim", 5),
-        ("memory", 1.1), ("memory", float("nan")), ("chunk", 4097), ("recent", 4097), ("growth", 0), ("value_share", 1.1),
+        ("memory", 1.1), ("memory", float("nan")), ("chunk", 4097), ("recent", 4097), ("growth", 0),
+        ("value_share", 1.1),
     ]  # fmt: skip
     _native.params_check(_native.default_params())
     for name, value in bad:

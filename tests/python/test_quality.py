@@ -210,7 +210,10 @@ def test_layers_are_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str
     made.save(beside(model))
     assert run(out, "layers", *more) == 0
     found = [r for r in rows(out) if r["kv"]]
-    assert {r["variant"] for r in found} == {f"{PUBLISHED} layers=calibrated", f"{candidate()} layers=uniform"}
+    assert {r["variant"] for r in found} == {
+        f"{PUBLISHED} layers=calibrated",
+        f"{candidate()} layers=uniform",
+    }
     for row in found:
         if row["policy"] == PUBLISHED:
             budgets = row["kv"]["layer_budgets"]

@@ -155,8 +155,10 @@ public:
     const llama_hparams & hparams() const;
     uint32_t  group_of(int32_t il) const { return layer_group[il]; }
 
-    // tokens at a sequence's end that all heads of a group's layers keep
-    uint32_t  recent(const group_t & group) const { return rkv_recent(params, group.budget); }
+    // tokens at a sequence's end that all heads of a group's layers keep; while rpc's target grows it is one for all layers
+    uint32_t  recent(const group_t & group) const {
+        return rkv_recent(params, params.policy == RKV_POLICY_RPC ? groups.back().budget : group.budget);
+    }
 
     std::vector<group_t>  groups; // [0] is the widest
     std::vector<stream_t> streams;

@@ -186,6 +186,7 @@ static void force_from_environment() {
     }
     auto forced = std::make_unique<rkv_pending>();
     forced->params = rkv_default_params();
+    forced->params.policy = RKV_POLICY_RKV; // whatever is done to keys after RoPE
     forced->forced = true;
     char rest = 0;
     if (sscanf(value, "%u:%u%c", &forced->params.budget, &forced->params.buffer, &rest) != 2) {

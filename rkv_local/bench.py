@@ -287,6 +287,7 @@ def bench(plan: Plan, report: Callable[[str], None] = lambda text: None) -> list
     Raises:
         RuntimeError: the model cannot be loaded, or a context cannot be made (RKVError: by the engine).
     """
+    plan = replace(plan, kv=plan.kv and plan.kv.for_model(plan.model))
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0x7FFFFFFF if plan.gpu_layers < 0 else plan.gpu_layers

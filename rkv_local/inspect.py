@@ -34,7 +34,8 @@ class Summary:
 
     prompt, trace: of the tokens so far; None where there are none. agreement: the chance that a token which
     one head holds is held by another one too; chance: what it would be if each chose at random. For both,
-    pinned tokens and the window do not count, which all heads hold; None with one head or nothing to choose.
+    pinned tokens and the most recent ones do not count, which all heads must hold (of layers with different
+    budgets: which one of them must); None with one head or nothing to choose.
     """
 
     prompt: float | None
@@ -78,6 +79,14 @@ class Recording:
         return len(self.ends)
 
     @property
+    def recent(self) -> Ints:
+        """int32 [n_rows]: the most recent tokens that the row's layer holds whatever their score."""
+        one = self.kv.policy == "rpc"  # whose target is the same in all layers
+        return np.array(
+            [self.kv.recent_of(int(min(self.budgets) if one else b)) for b in self.budgets], np.int32
+        )
+
+    @property
     def texts(self) -> list[str]:
         """Each token as text; bytes that are no UTF-8 by themselves as \\xNN."""
         return [piece.decode("utf-8", errors="backslashreplace") for piece in self.pieces]
@@ -105,7 +114,8 @@ class Recording:
         held = self.held(step, layer, head)
         rows, n = held.shape
         n_prompt = min(self.n_prompt, n)
-        free = held[:, self.n_pin : max(self.n_pin, n - self.kv.window)]
+        last = int(self.recent[self._rows(layer, head)].max())
+        free = held[:, self.n_pin : max(self.n_pin, n - last)]
         agreement = chance = None
         if rows > 1 and free.any():
             counts = free.sum(axis=0, dtype=np.int64)
@@ -154,6 +164,7 @@ class Recording:
             "ends": self.ends.tolist(),
             "rows": self.rows.tolist(),
             "budgets": self.budgets.tolist(),
+            "recent": self.recent.tolist(),
         }
 
     def _step(self, step: int) -> int:

@@ -100,7 +100,9 @@ def resolve(
 
     n_layer = 0
     if kv is not None and kv.active:
-        n_layer = int(metadata.get(f"{metadata.get('general.architecture')}.block_count", 0))
+        arch = metadata.get("general.architecture")
+        n_layer = int(metadata.get(f"{arch}.block_count", 0))
+        n_layer -= int(metadata.get(f"{arch}.nextn_predict_layers", 0))  # as llama_model_n_layer() counts
         kv = kv.for_model(path, n_layer)
         kv.budgets(n_layer)  # they must fit the model
         if n_batch is None:

@@ -120,11 +120,17 @@ def merge(args: argparse.Namespace) -> None:
 
 def whole(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the rows that time cut off: what they lack are the longest answers."""
-    full = {str(r["task"]): r["problems"] for r in rows if r["kv"] is None and r["type_k"] == "f16"}
+
+    def task(row: dict[str, Any]) -> str:
+        return f"{row['sha256']} {row['task']}"
+
+    full = {task(r): r["problems"] for r in rows if r["kv"] is None and r["type_k"] == "f16"}
     return [
         r
         for r in rows
-        if r["task"].get("kind") not in KINDS or r["problems"] >= min(BASE, full[str(r["task"])])
+        if r["task"].get("kind") not in KINDS
+        or r["problems"] == BASE
+        or r["problems"] >= full.get(task(r), BASE)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,17 +90,22 @@ def planned(planner: Planner, values: dict[str, Any]) -> tuple[Plan, list[tuple[
             n_threads_batch=threads,
         )
 
-    refused = None
+    refused, usual = None, KVBudget()
     try:
-        chosen = planner.search(setting(KVBudget(), DEFAULT_N_CTX), free)
-    except RKVError as err:
-        refused = str(err)
-        chosen = planner.search(setting(None, DEFAULT_CTX_FULL), free)
+        chosen = planner.search(setting(usual, DEFAULT_N_CTX), free)
+    except (RKVError, ValueError) as err:  # of the default policy, or of the calibration beside the model
+        refused, usual = str(err), KVBudget(policy="rkv")
+        try:
+            chosen = planner.search(setting(usual, DEFAULT_N_CTX), free)
+            refused += "; these are with --kv-policy rkv"
+        except RKVError as other:
+            refused, usual = f"{other}: full caches only", KVBudget(policy="none")
+            chosen = planner.search(setting(None, DEFAULT_CTX_FULL), free)
     rows = []
     for cache_type in TYPES:
         wanted: list[tuple[str, KVBudget | None, int]] = [(f"full, {n:,} cells", None, n) for n in FULL]
-        if refused is None:
-            wanted += [(f"budget {b:,}", KVBudget(budget=b), DEFAULT_N_CTX) for b in BUDGETS]
+        if usual.active:
+            wanted += [(f"budget {b:,}", replace(usual, budget=b), DEFAULT_N_CTX) for b in BUDGETS]
         for cache, kv, n_ctx in wanted:
             try:
                 row = setting(kv, n_ctx, cache_type)
@@ -126,7 +132,7 @@ def report(name: str, where: str, chosen: Plan, rows: list[tuple[str, Plan]], re
         "",
     ]
     if refused:
-        text.append(f"{refused}: full caches only")
+        text.append(refused)
     if chosen.fits:
         text.append(f"rkv-local run would take: {chosen.line()}")
         text += [f"  {reason}" for reason in chosen.reasons]

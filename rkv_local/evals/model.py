@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +176,8 @@ class Context:
     """
 
     def __init__(self, model: Model, setting: Setting) -> None:
+        if setting.kv is not None:
+            setting = replace(setting, kv=setting.kv.for_model(model.path, model.n_layer))
         self.model, self.setting, self.kv = model, setting, setting.kv
         self.n_seq, self.width = setting.n_seq, setting.width
         params = low.llama_context_default_params()

@@ -39,6 +39,8 @@ def compact_and_check(
     before = {il: context.all_positions(il, seq) for il in layers}
     stored = {il: context.stored(il, spec.n_aux, seq) if spec.n_aux else None for il in layers}
     assert context.compact(seq)
+    if spec.policy == "rpc":  # its target is one for all layers
+        spec = replace(spec, recent=spec.tail(min(layer.budget for layer in context.layers.values())))
     held = []
     for layer, old in zip(layers, n_old, strict=True):
         after, heads = context.all_positions(layer, seq), np.arange(context.layers[layer].n_head_kv)

@@ -14,7 +14,7 @@ import pytest
 
 import rkv_local
 from cli_tools import COMMAND, ROOT, environment, error_line, invoke
-from rkv_local import models
+from rkv_local import KVBudget, models
 from rkv_local.cli import docs, options
 from rkv_local.cli.eval import eval as evaluations
 from rkv_local.cli.main import COMMANDS
@@ -158,6 +158,34 @@ def test_default_model_reaches_as_far_as_it_was_trained() -> None:
     assert reach("hi") == reach("hi", "--kv-policy", "none") == trained.ctx
     assert reach("hi", "-c", "100") == 100
     assert reach("smollm2", "hi") == DEFAULT_N_CTX
+
+
+def test_budget_options_reach_the_budget() -> None:
+    """What is not given is the policy's own; `none` is no budget."""
+
+    def made(*words: str) -> KVBudget | None:
+        context = click.Context(run_command)
+        run_command.parse_args(context, [*words, "hi"])
+        return options.budget_of(context.params)
+
+    assert made() == KVBudget()
+    assert made("--kv-policy", "none") is None
+    assert made("--kv-policy", "rkv") == KVBudget(policy="rkv", recent=0)
+    assert made("--kv-recent", "40") == KVBudget(recent=40)
+    assert made("--kv-recent", "40", "--kv-policy", "snapkv") == KVBudget(policy="snapkv", recent=40)
+    given = ("--kv-budget", "200", "--kv-buffer", "32", "--kv-window", "5", "--kv-lambda", "0.3")
+    expected = KVBudget(budget=200, buffer=32, window=5, lam=0.3)
+    assert made(*given) == expected
+    for text, budgets in (("uniform", "uniform"), ("9,30", (9, 30)), ("a.json", "a.json")):
+        found = made(*given, "--kv-layer-budgets", text, "--kv-pin", "2", "--kv-seed", "3")
+        assert found == replace(expected, layer_budgets=budgets, pin=2, seed=3)
+
+
+@pytest.mark.parametrize("value", ["0", "4097", "x"])
+def test_a_bad_number_of_recent_tokens_is_one_line(value: str) -> None:
+    result = invoke("run", "hi", "--kv-recent", value)
+    assert result.exit_code == 2
+    assert "recent" in error_line(result)
 
 
 def test_unknown_command_and_option() -> None:

@@ -129,6 +129,72 @@ def test_the_most_recent_tokens_stay(make_tiny: MakeTiny, policy: str) -> None:
     make_tiny(kv).load_state(state)
 
 
+@pytest.mark.parametrize("policy", ["latest", "rkv", "streaming", "value-aware"])
+def test_the_window_is_recent_whatever_is_said(make_tiny: MakeTiny, policy: str) -> None:
+    """0 and whatever is within the window make the same cache, whose states are the same."""
+    kv = replace(TINY, policy=policy, recent=0)
+    first = make_tiny(kv)
+    first.eval(PROMPT)
+    kept = [first.kv_kept(layer, head).tolist() for layer in range(3) for head in range(2)]
+    assert all(rows[-4:] == [86, 87, 88, 89] for rows in kept)
+    if policy != "streaming":
+        assert any(rows[-24:] != list(range(66, 90)) for rows in kept)
+    for recent in (1, 4):
+        other = make_tiny(replace(kv, recent=recent))
+        other.eval(PROMPT)
+        assert [other.kv_kept(layer, head).tolist() for layer in range(3) for head in range(2)] == kept
+        other.load_state(first.save_state())
+
+
+def test_one_set_of_cells_for_all_holds_the_most_recent_tokens(make_tiny: MakeTiny) -> None:
+    llama = make_tiny(replace(TINY, recent=20, shared_heads=True))
+    llama.eval(PROMPT)
+    held = llama.kv_kept(0, 0).tolist()
+    assert held[-20:] == list(range(70, 90))
+    assert held[:2] == [0, 1]
+    assert all(llama.kv_kept(layer, head).tolist() == held for layer in range(3) for head in range(2))
+
+
+@pytest.mark.parametrize(("recent", "pinned"), [(0, 24), (20, 24), (96, 23)])
+def test_a_pinned_prompt_leaves_room_for_the_most_recent_tokens(
+    make_tiny: MakeTiny, recent: int, pinned: int
+) -> None:
+    """Half of the budget of a long prompt, or what the recent tokens leave beside one cell."""
+    kv = replace(TINY, pin="prompt", recent=recent)
+    llama = make_tiny(kv)
+    assert kv.prompt_pin(40, 3) == pinned
+    for _ in zip(range(60), llama.generate(PROMPT[:40], temp=0.0), strict=False):
+        pass
+    assert llama.kv_stats().compactions > 0
+    for layer in range(3):
+        held, n = llama.kv_kept(layer, 1), kv.recent_of(48)
+        assert held[:pinned].tolist() == list(range(pinned))
+        assert held[-n:].tolist() == list(range(llama.n_tokens - n, llama.n_tokens))
+
+
+def test_a_growing_target_has_room_for_the_most_recent_tokens(make_tiny: MakeTiny) -> None:
+    """rpc in layers of different budgets: none may keep more recent tokens than the target has room for."""
+    llama = make_tiny(replace(TINY, policy="rpc", pin=2, window=4, recent=40, layer_budgets=(20, 90, 90)))
+    llama.eval(PROMPT)
+    assert llama.kv_stats().compactions > 1
+    for layer, most in enumerate((20, 90, 90)):
+        held = llama.kv_kept(layer, 0)
+        assert 12 <= len(held) <= most + 16
+        assert held[-10:].tolist() == list(range(80, 90))
+
+
+@pytest.mark.parametrize("growth", [1, 4])
+def test_recent_tokens_while_the_target_of_rpc_grows(make_tiny: MakeTiny, growth: int) -> None:
+    """As many in all layers as in the narrowest: a wide layer keeps no more cells at first than that one."""
+    llama = make_tiny(replace(TINY, policy="rpc", recent=90, growth=growth, layer_budgets=(200, 48, 48)))
+    llama.eval(PROMPT)
+    assert llama.kv_stats().compactions > 0
+    for layer in range(3):
+        held = llama.kv_kept(layer, 0)
+        assert held[:2].tolist() == [0, 1]
+        assert held[-24:].tolist() == list(range(66, 90))
+
+
 def test_pins_leave_room_for_the_most_recent_tokens(make_tiny: MakeTiny) -> None:
     llama = make_tiny(replace(TINY, recent=20))
     _native.seq_pin(llama.ctx, 48 - 20 - 1)

@@ -73,7 +73,7 @@ def test_rows_hold_their_budget_with_pin_and_window(recording: Recording) -> Non
         held = recording.held(step)
         assert held.shape == (LAYERS * HEADS, end)
         assert held[:, : KV.pin].all()
-        assert held[:, -KV.window :].all()
+        assert all(row[-last:].all() for row, last in zip(held, recording.recent, strict=True))
         assert (held.sum(axis=1) == np.minimum(recording.budgets, end)).all()
         if step:
             before = recording.held(step - 1)
@@ -115,11 +115,16 @@ def test_summary_against_pairs_of_heads(recording: Recording) -> None:
     found = recording.summary(step)
     assert found.prompt == pytest.approx(held[:, :n_prompt].mean())
     assert found.trace == pytest.approx(held[:, n_prompt:].mean())
-    free = held[:, KV.pin : held.shape[1] - KV.window].astype(int)
+    assert recording.recent.tolist() == [24, 24, 15, 15, 32, 32]
+    free = held[:, KV.pin : held.shape[1] - 32].astype(int)  # what some head had to hold is no choice
     both = free @ free.T
     np.fill_diagonal(both, 0)
     assert found.agreement == pytest.approx(both.sum() / (free.sum() * (len(free) - 1)))
     assert found.chance == pytest.approx(free.mean())
+    narrow = recording.held(step, layer=1)[:, KV.pin : held.shape[1] - 15]
+    assert recording.summary(step, layer=1).agreement == pytest.approx(
+        2 * narrow.all(axis=0).sum() / narrow.sum()
+    )
     alone = recording.summary(step, layer=0, head=0)
     assert (alone.agreement, alone.chance) == (None, None)
 
@@ -150,11 +155,13 @@ def test_json_says_the_same(recording: Recording) -> None:
         "ends",
         "rows",
         "budgets",
+        "recent",
     }
     assert set(found) == {*keys, "tokens", "gone"}
     assert found["gone"] == recording.gone.tolist()
     assert found["tokens"] == recording.tokens.tolist()
     assert found["kv"]["layer_budgets"] == [48, 30, 64]
+    assert found["recent"] == recording.recent.tolist()
     assert len(found["text"]) == len(found["tokens"])
     assert "".join(found["text"]).startswith("Which lamp burned longest? \\xf0\\x9f")  # a character in parts
 

@@ -44,6 +44,8 @@ def test_first_and_later_compactions(
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     *[(policy, change) for policy in NAMES for change in ({"pin": 0}, {"pin": 60}, {"window": 1})],
     *[(policy, {"budget": 13}) for policy in NAMES],  # one slot beside 8 + 4
+    *[(policy, {"recent": 40}) for policy in NAMES],
+    *[(policy, {"recent": 50, "pin": 100}) for policy in NAMES],  # 27 of them: what the pinned rows leave
     *[(policy, {"softcap": 1.5}) for policy in ("h2o", "gkv", "rpc", "chunkkv", "value-aware")],
     *[("gkv", change) for change in ({"lam": 0.0}, {"lam": 1.0}, {"memory": 0.0}, {"memory": 1.0})],
     *[("rpc", change) for change in ({"pool": 1}, {"pool": 15}, {"window": 32})],

@@ -89,6 +89,28 @@ def test_uneven_budgets(wide: Model, policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", EVERY)
+@pytest.mark.parametrize("generic", ["0", "1"])
+def test_most_recent_tokens_of_each_layer(
+    wide: Model, policy: str, generic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a narrow layer half of its budget; `rpc` has one number for all layers."""
+    monkeypatch.setenv("RKV_GENERIC", generic)
+    tally = ref.Tally()
+    stats: dict[int, np.ndarray] = {}
+    with Context(wide, options_of(policy, recent=20, layer_budgets=(64, 24))) as context:
+        held, fed = [0] * 2, 0
+        for n in (30, 14, 15, 14):
+            context.feed(TOKENS[fed : fed + n], last_only=True)
+            fed += n
+            held = compact_and_check(context, WIDE.rope, held, tally=tally, stats=stats)
+            for layer, n_recent in enumerate((12, 12) if policy == "rpc" else (20, 12)):
+                last = np.arange(fed - n_recent, fed)[:, None]
+                assert (context.all_positions(layer)[-n_recent:] == last).all()
+    assert held == [64, 24]
+    assert tally.near_ties <= 2
+
+
+@pytest.mark.parametrize("policy", EVERY)
 def test_sequences_side_by_side(wide: Model, policy: str) -> None:
     """Three in one pass, each with its own pin, keep what each keeps alone."""
     alone = []

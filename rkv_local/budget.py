@@ -217,7 +217,7 @@ class KVBudget:
         return min(_SINKS, self.budget - self.window - 1) if isinstance(self.pin, str) else self.pin
 
     def recent_of(self, budget: int) -> int:
-        """The most recent tokens that a layer of so many cells always keeps; `rpc`: those of the narrowest."""
+        """The most recent tokens that a layer of so many cells always keeps; rpc: those of the narrowest."""
         return max(self.window, min(self.recent, budget // 2, budget - self.n_pin - 1))
 
     def prompt_pin(self, n_tokens: int, n_layer: int = 1) -> int | None:

@@ -289,7 +289,8 @@ def test_first_command_solves_a_problem_in_a_small_cache(monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["text"].strip() == f"The answer is {p.answer}."
-    assert found["tokens"]["generated"] > 2 * found["kv"]["cells_allocated"]
+    # layers have different numbers of cells; a full cache takes 10 KiB per token (models/README.md)
+    assert found["tokens"]["generated"] * 10 * 1024 > 2 * found["kv"]["bytes_allocated"]
     assert found["kv"]["compactions"] > 10
 
 

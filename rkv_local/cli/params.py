@@ -178,12 +178,14 @@ def model_option() -> Decorator:
     return opt("-m --model", "A GGUF file or a short name (reasoner, smollm2).", metavar="MODEL")
 
 
-def cache_options(policy: str = "latest", budget: int = 1024) -> Decorator:
-    """The budget of the cache. policy, budget: the defaults."""
+def cache_options() -> Decorator:
+    """The budget of the cache."""
     policies = f"What is kept: {', '.join(POLICIES)}; `list` explains them."
     return stack(
-        opt("--kv-policy", policies, PolicyParam(), policy, "POLICY", callback=list_policies, is_eager=True),
-        opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, budget),
+        opt(
+            "--kv-policy", policies, PolicyParam(), "latest", "POLICY", callback=list_policies, is_eager=True
+        ),
+        opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, 1024),
         opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
         opt(
             "--kv-pin",

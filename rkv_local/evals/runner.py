@@ -102,7 +102,7 @@ class Runner:
         self, config: Config, kv: KVBudget | None, n_ctx: int, n_seq: int, n_outputs: int | None = None
     ) -> Context:
         """A context of this configuration, told to the store."""
-        setting = replace(self.setting, kv=self.resolved(kv), n_ctx=n_ctx, n_seq=n_seq, n_outputs=n_outputs)
+        setting = replace(self.setting, kv=kv, n_ctx=n_ctx, n_seq=n_seq, n_outputs=n_outputs)
         context = Context(self.model, setting)
         try:
             self.store.begin(config, self.about(context))

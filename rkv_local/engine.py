@@ -58,15 +58,17 @@ _COUNTS = [field[0] for field in _native.RkvStats._fields_]
 class KVStats:
     """What the cache is and did since the context was made. Without a budget all but the sizes is 0.
 
-    cells: allocated per sequence in the widest layer; bytes: of all parts of the cache, windows and recurrent
-    states too; bytes_kv: of these K and V under the budget, without one those of the full cache; compactions:
-    one per sequence and pass; tokens_evicted: averaged over layers and heads.
+    recent: the last tokens that a layer keeps whatever their score, if it has room for so many; cells:
+    allocated per sequence in the widest layer; bytes: of all parts of the cache, windows and recurrent states
+    too; bytes_kv: of these K and V under the budget, without one those of the full cache; compactions: one
+    per sequence and pass; tokens_evicted: averaged over layers and heads.
     """
 
     policy: str
     budget: int
     buffer: int
     window: int
+    recent: int
     pin: int | str
     active: bool
     cells: int
@@ -223,8 +225,10 @@ class Llama(llama_cpp.Llama):
         raw = _native.stats(self.ctx)
         counts = {name: getattr(raw, name) for name in _COUNTS}
         if self.kv is None or not self._active:
-            return KVStats("none", 0, 0, 0, 0, **counts)
-        return KVStats(self.kv.policy, self.kv.budget, self.kv.buffer, self.kv.window, self.kv.pin, **counts)
+            return KVStats("none", 0, 0, 0, 0, 0, **counts)
+        kv = self.kv
+        recent = max(kv.recent, kv.window)
+        return KVStats(kv.policy, kv.budget, kv.buffer, kv.window, recent, kv.pin, **counts)
 
     def kv_used(self, seq_id: int = 0) -> int:
         """Cells in use by a sequence in the widest layer. Raises IndexError on a bad sequence."""

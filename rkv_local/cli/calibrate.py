@@ -16,7 +16,6 @@ from rkv_local.cli.interrupt import Interrupt
 from rkv_local.cli.options import budget_of, default_threads, flash_of
 from rkv_local.cli.params import (
     AT_LEAST_1,
-    Decorator,
     FiniteRange,
     cache_options,
     context_options,
@@ -33,21 +32,6 @@ if TYPE_CHECKING:
 COLUMNS = 6  # sizes in the table
 
 
-def used_cache_options() -> Decorator:
-    """The options of a budget but for those that are measured here."""
-
-    def bare() -> None: ...
-
-    options = cache_options()(bare).__click_params__
-    kept = [p for p in options if p.name not in ("kv_budget", "kv_layer_budgets")]
-
-    def decorate(function: Any) -> Any:
-        function.__dict__.setdefault("__click_params__", []).extend(kept)
-        return function
-
-    return decorate
-
-
 @click.command("calibrate")
 @click.argument("name", metavar="[MODEL]", required=False)
 @model_option()
@@ -58,7 +42,7 @@ def used_cache_options() -> Decorator:
 @opt("--temp --temperature", "0 = always the likeliest token.", FiniteRange(min=0), 0.8, "X")
 @opt("-s --seed", "Of the answers.", click.IntRange(0, 2**31), 0)
 @opt("--kv-budget", "Mean cells of a layer in the table; what is written serves any.", AT_LEAST_1, 1024)
-@used_cache_options()
+@cache_options("kv_budget", "kv_layer_budgets")
 @context_options()
 @click.option("--json", "as_json", is_flag=True, help="Print what is written instead of a table.")
 def calibrate(name: str | None, as_json: bool, **values: Any) -> None:

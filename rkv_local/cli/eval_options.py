@@ -132,22 +132,6 @@ class Words(click.ParamType):
         return found
 
 
-def other_cache_options() -> Decorator:
-    """The options of a budget but for policy and size, which are lists here."""
-
-    def bare() -> None: ...
-
-    options = reversed(cache_options()(bare).__click_params__)
-    kept = [p for p in options if p.name not in ("kv_policy", "kv_budget")]
-
-    def decorate(function: Any) -> Any:
-        params = function.__dict__.setdefault("__click_params__", [])
-        params.extend(reversed(kept))
-        return function
-
-    return decorate
-
-
 def common_options(percent: bool = True) -> Decorator:
     """What all measurements have. percent: whether budgets may be shares of the mean trace."""
     sizes = "Cells that a sequence keeps, with commas between them"
@@ -159,13 +143,13 @@ def common_options(percent: bool = True) -> Decorator:
             "--kv-policy",
             "What is kept, with commas between them; none: a full cache; `list` explains them.",
             Policies(),
-            "none,rkv",
+            "none,latest,rkv",
             "POLICY,...",
             callback=list_policies,
             is_eager=True,
         ),
         opt("--kv-budget", f"{sizes}.", Budgets(), "1024", "N,..."),
-        other_cache_options(),
+        cache_options("kv_policy", "kv_budget"),
         opt(
             "--kv-set",
             "Set a field of KVBudget, for ablations; several values or fields make all combinations.",

@@ -178,40 +178,40 @@ def model_option() -> Decorator:
     return opt("-m --model", "A GGUF file or a short name (reasoner, smollm2).", metavar="MODEL")
 
 
-def cache_options() -> Decorator:
-    """The budget of the cache."""
+def cache_options(*without: str) -> Decorator:
+    """The budget of the cache, but for options of these names."""
     policies = f"What is kept: {', '.join(POLICIES)}; `list` explains them."
-    return stack(
-        opt(
+    options = {
+        "kv_policy": opt(
             "--kv-policy", policies, PolicyParam(), "latest", "POLICY", callback=list_policies, is_eager=True
         ),
-        opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, 1024),
-        opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
-        opt(
+        "kv_budget": opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, 1024),
+        "kv_buffer": opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
+        "kv_pin": opt(
             "--kv-pin",
             "First tokens that are never evicted; prompt: the first prompt (default: 4; rpc: prompt).",
             Pin(),
             metavar="N|prompt",
         ),
-        opt(
+        "kv_window": opt(
             "--kv-window",
             "Last tokens, always kept, whose queries judge importance (default: 8; rpc: 32).",
             AT_LEAST_1,
         ),
-        opt(
+        "kv_recent": opt(
             "--kv-recent",
             "Last tokens kept whatever their score, at most half of a layer's budget (default: the window; "
             "latest: 96).",
             AT_LEAST_1,
         ),
-        opt(
+        "kv_lambda": opt(
             "--kv-lambda",
             "Weight of importance against redundancy (default: 0.1; gkv: 0.5).",
             SHARE,
             metavar="X",
         ),
-        opt("--kv-seed", "Of what value-aware samples.", click.IntRange(0, 2**32 - 1), 0),
-        opt(
+        "kv_seed": opt("--kv-seed", "Of what value-aware samples.", click.IntRange(0, 2**32 - 1), 0),
+        "kv_layer_budgets": opt(
             "--kv-layer-budgets",
             "uniform, pyramid, calibrated (by `rkv-local calibrate`), a calibration's FILE.json, or N,N,...: "
             "one per layer (default: uniform; latest: calibrated where there is a calibration).",
@@ -219,7 +219,8 @@ def cache_options() -> Decorator:
             None,
             "BUDGETS",
         ),
-    )
+    }
+    return stack(*(option for name, option in options.items() if name not in without))
 
 
 def context_options(*flash_attn: Decorator) -> Decorator:

@@ -127,6 +127,7 @@ def report(answer: Answer, kv: KvReport, model: str) -> dict[str, Any]:
             "policy": kv.policy,
             "budget": kv.budget,
             "buffer": kv.buffer,
+            "recent": kv.recent,
             "pin": kv.pin,
             "cells_allocated": kv.cells,
             "bytes_allocated": kv.bytes,

@@ -49,6 +49,7 @@ class KvReport:
     policy: str
     budget: int | None
     buffer: int | None
+    recent: int | None
     pin: int | str | None
     cells: int
     bytes: int
@@ -278,6 +279,7 @@ class Session:
             policy=kv.policy if kv else "none",
             budget=kv.budget if kv else None,
             buffer=kv.buffer if kv else None,
+            recent=stats.recent if kv else None,
             pin=kv.pin if kv else None,
             cells=stats.cells,
             bytes=stats.bytes,

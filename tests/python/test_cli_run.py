@@ -37,7 +37,14 @@ def test_json_object_of_a_packaged_model() -> None:
     assert set(timings) == {"prompt_tokens_per_second", "generated_tokens_per_second", "seconds"}
     assert all(value > 0 for value in timings.values())
     kv = found["kv"]
-    expected = {"policy": "latest", "budget": 1024, "buffer": 128, "pin": 4, "cells_allocated": 1024 + 256}
+    expected = {
+        "policy": "latest",
+        "budget": 1024,
+        "buffer": 128,
+        "recent": 96,
+        "pin": 4,
+        "cells_allocated": 1024 + 256,
+    }
     assert {name: kv[name] for name in expected} == expected
     assert set(kv) == {*expected, "bytes_allocated", "compactions", "compaction_seconds"}
 

@@ -107,6 +107,7 @@ void rkv_cache::add_layer(ggml_context * ctx, uint32_t il, ggml_tensor * k, ggml
     l.op             = rkv_policy_op(params);
     l.op.layer       = il;
     l.op.n_head_kv   = l.n_head_kv;
+    l.op.value_weight = l.v ? l.op.value_weight : 0.0f; // MLA: values are parts of the keys
     l.op.softcap     = hp.attn_soft_cap ? hp.f_attn_logit_softcapping : 0.0f;
 
     const int64_t n_aux = rkv_n_aux(&l.op), n_stats = rkv_n_stats(&l.op, l.n_embd_k);

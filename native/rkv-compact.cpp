@@ -106,7 +106,7 @@ std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer
     ggml_tensor * pos   = ggml_rkv_positions(ctx, l.pos, in.new_pos, in.jobs, &op);
     ggml_tensor * score = ggml_rkv_score    (ctx, l.k, l.q, in.jobs, pos, l.aux, in.rope, &op);
     ggml_rkv_score_add_sinks(score, l.sinks);
-    if (rkv_needs_values(op.policy)) {
+    if (rkv_needs_values(&op)) {
         ggml_rkv_score_add_values(score, rkv_values_view(ctx, l.v, v_transposed(), l.n_embd_v, l.n_head_kv));
     }
     if (l.stats) {
@@ -125,7 +125,7 @@ std::vector<ggml_tensor *> rkv_cache::pass_nodes(ggml_context * ctx, const layer
 
 rkv_generic_layer rkv_cache::generic_layer(const layer_t & l, uint32_t strm) const {
     return { l.k, l.q, l.pos, l.aux, rkv_needs_rope(params.policy) ? rope_table(l) : nullptr, l.op, recent(groups[l.group]), l.sinks,
-        rkv_needs_values(params.policy) ? l.v : nullptr, v_transposed(), l.n_embd_v, l.stats,
+        rkv_needs_values(&l.op) ? l.v : nullptr, v_transposed(), l.n_embd_v, l.stats,
         std::vector<int32_t>(streams[strm].ring.begin(), streams[strm].ring.end()) };
 }
 

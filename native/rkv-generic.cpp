@@ -250,7 +250,8 @@ struct scorer {
     // bytes of temporary memory per head: about 8 copies of the keys, 6 of a block of cosines
     size_t head_size() const {
         const int64_t cols = par.policy == RKV_POLICY_LATEST ? n_new + par.n_sim : n;
-        return sizeof(float)*(8*n_embd*n + 6*BLOCK*cols + 4*n*n_group*std::min<int64_t>(par.window, 64));
+        const int64_t n_embd_v = layer.v ? layer.n_embd_v : 0;
+        return sizeof(float)*((8*n_embd + 3*n_embd_v)*n + 6*BLOCK*cols + 4*n*n_group*std::min<int64_t>(par.window, 64));
     }
     int64_t heads_at_once() const { return std::clamp<int64_t>(RKV_GENERIC_TEMP*3/4/head_size(), 1, n_head); }
 
@@ -278,18 +279,19 @@ struct scorer {
     }
 
     //
-    // keys
+    // keys and values
     //
 
-    ggml_tensor * keys(int64_t h, int64_t nh) {
-        const ggml_type type = layer.k->type;
+    // F32 [n_embd, n, nh] of the cache's K or V
+    ggml_tensor * rows(ggml_tensor * all, int64_t n_embd, int64_t h, int64_t nh) {
+        const ggml_type type = all->type;
         const size_t    head = ggml_row_size(type, n_embd);
-        const size_t    cell = layer.k->nb[1], offset = job[RKV_JOB_STREAM]*layer.k->nb[2] + begin*cell + h*head;
-        ggml_tensor * k = ggml_view_3d(g(), layer.k, n_embd, n, nh, cell, head, offset);
+        const size_t    cell = all->nb[1], offset = job[RKV_JOB_STREAM]*all->nb[2] + begin*cell + h*head;
+        ggml_tensor * k = ggml_view_3d(g(), all, n_embd, n, nh, cell, head, offset);
         if (ggml_is_quantized(type)) { // ggml-vulkan reads blocks only from where they are aligned: bring them there
             const bool   words = head % 4 == 0 && cell % 4 == 0 && offset % 4 == 0;
             const size_t el    = words ? 4 : 2;
-            ggml_tensor * x = ggml_cont(g(), alias(g, layer.k, layer.k, words ? word_type(g.dev) : GGML_TYPE_F16,
+            ggml_tensor * x = ggml_cont(g(), alias(g, all, all, words ? word_type(g.dev) : GGML_TYPE_F16,
                 { { (int64_t) (head/el), n, nh }, { el, cell, head } }, offset));
             k = alias(g, x, x, type, { { n_embd, n, nh }, { ggml_type_size(type), head, head*n } }, 0);
         }
@@ -310,6 +312,27 @@ struct scorer {
     ggml_tensor * length(ggml_tensor * x) const { return ggml_sqrt(g(), ggml_sum_rows(g(), ggml_sqr(g(), x))); }
     ggml_tensor * unit(ggml_tensor * x, ggml_tensor * len) const { return ggml_div(g(), x, ggml_scale_bias(g(), len, 1.0f, 1e-8f)); }
     ggml_tensor * unit(ggml_tensor * x) const { return unit(x, length(x)); }
+
+    // [n, 1, nh]: how far values are from their mean. A Hadamard rotation of the cache does not change it.
+    ggml_tensor * value_distances(int64_t h, int64_t nh) {
+        const int64_t d = layer.n_embd_v;
+        ggml_tensor * v = layer.v, * across; // [n_embd, n, nh], [n, n_embd, nh]
+        const auto turned = [&](ggml_tensor * x) { return ggml_cont(g(), ggml_permute(g(), x, 1, 0, 2, 3)); };
+        if (layer.v_trans) {
+            const size_t el = ggml_type_size(v->type), line = el*v->ne[1];
+            v = alias(g, v, v, v->type, { { n, d, nh }, { el, line, line*d } }, job[RKV_JOB_STREAM]*v->nb[2] + begin*el + h*line*d);
+            across = v->type == GGML_TYPE_F32 ? ggml_cont(g(), v) : ggml_cast(g(), v, GGML_TYPE_F32);
+            v      = turned(across);
+        } else {
+            v      = rows(v, d, h, nh);
+            across = turned(v);
+        }
+        ggml_tensor * mean = ggml_scale(g(), ggml_reshape_3d(g(), ggml_sum_rows(g(), across), d, 1, nh), 1.0f/n);
+        return ggml_reshape_3d(g(), length(ggml_sub(g(), v, mean)), n, 1, nh);
+    }
+    ggml_tensor * logistic(ggml_tensor * x) const {
+        return ggml_sigmoid(g(), ggml_scale(g(), ggml_norm(g(), x, RKV_LEAST_VARIANCE), RKV_LOGISTIC_SCALE));
+    }
 
     // of [n, 1, heads]
     ggml_tensor * candidates(ggml_tensor * t) const {
@@ -581,7 +604,7 @@ struct scorer {
         const int64_t n_at_once = heads_at_once();
         for (int64_t h = 0; h < n_head; h += n_at_once) {
             const int64_t nh = std::min(n_at_once, n_head - h);
-            ggml_tensor * k   = keys(h, nh);
+            ggml_tensor * k   = rows(layer.k, n_embd, h, nh);
             ggml_tensor * len = length(k);
             ggml_tensor * z   = n_query > 0 ? g.expand(importance(k, len, h, nh)) : nullptr;
             if (par.policy == RKV_POLICY_RKV) {
@@ -593,6 +616,10 @@ struct scorer {
                     z = ggml_div(g(), z, ggml_pool_2d(g(), z, GGML_OP_POOL_MAX, n_cand, 1, n_cand, 1, 0, 0));
                 }
                 z = z ? ggml_add(g(), ggml_scale(g(), z, par.lambda), candidates(l)) : candidates(l);
+                if (layer.v) {
+                    ggml_tensor * d = candidates(value_distances(h, nh));
+                    z = ggml_add(g(), logistic(z), ggml_scale(g(), logistic(d), par.value_weight));
+                }
             } else if (!z) {
                 z = g.input(GGML_TYPE_F32, std::vector<float>(n_cand*nh, 0.0f), n_cand, 1, nh);
             }
@@ -604,7 +631,7 @@ struct scorer {
 
     size_t n_nodes() const {
         const size_t n_chunk = (n_head + heads_at_once() - 1)/heads_at_once();
-        return n_chunk*(176 + (28 + 14*par.n_sim)*(n/BLOCK + 3));
+        return n_chunk*(208 + (28 + 14*par.n_sim)*(n/BLOCK + 3));
     }
 };
 

@@ -19,7 +19,9 @@
 #include <stdexcept>
 #include <string>
 
-static constexpr uint32_t LATEST_RECENT = 96; // docs/design.md
+// docs/design.md
+static constexpr uint32_t LATEST_RECENT = 96;
+static constexpr float    LATEST_VALUE_WEIGHT = 0.0f;
 
 static thread_local std::string last_error;
 static thread_local std::unique_ptr<rkv_pending> pending;
@@ -52,6 +54,7 @@ rkv_params rkv_default_params() {
     p.memory    = -1.0f;
     p.growth    = 4;
     p.value_share = 0.1f;
+    p.value_weight = -1.0f;
     return p;
 }
 
@@ -74,6 +77,7 @@ rkv_op_params rkv_policy_op(const rkv_params & p) {
     op.rope_mscale = 1.0f;
     op.memory      = p.memory >= 0.0f ? p.memory : p.policy == RKV_POLICY_GKV ? 0.8f : 0.0f;
     op.value_share = p.value_share;
+    op.value_weight = p.policy != RKV_POLICY_LATEST ? 0.0f : p.value_weight >= 0.0f ? p.value_weight : LATEST_VALUE_WEIGHT;
     op.seed        = p.seed;
     return op;
 }
@@ -138,6 +142,12 @@ bool rkv_params_check(const rkv_params * params) {
     }
     if (p.recent > RKV_MAX_RECENT) {
         return rkv_set_error("recent must be 1 to %d tokens, or 0 for the policy's own, not %u", RKV_MAX_RECENT, p.recent);
+    }
+    if (!(p.value_weight <= 1.0f)) {
+        return rkv_set_error("value_weight must be 0 to 1, or negative for the policy's own, not %g", p.value_weight);
+    }
+    if (p.value_weight > 0.0f && p.policy != RKV_POLICY_LATEST) {
+        return rkv_set_error("the policy %s has no weight of values", rkv_policy_name(p.policy));
     }
     if (p.growth < 1 || p.growth > 1u << 20) {
         return rkv_set_error("growth must be 1 to %u, not %u", 1u << 20, p.growth);
@@ -318,7 +328,7 @@ bool rkv_end_init() {
         return rkv_set_error("the policy %s is not supported here: the model changes its keys after RoPE, which cannot be undone; "
             "rkv is (--kv-policy rkv)", rkv_policy_name(policy));
     }
-    if (rkv_needs_values(policy) && !done->cache->all_values()) {
+    if ((policy == RKV_POLICY_VALUE_AWARE || policy == RKV_POLICY_LAGKV) && !done->cache->all_values()) {
         return rkv_set_error("the policy %s is not supported here: the model caches no values of their own (MLA)", rkv_policy_name(policy));
     }
     return done->cache->check_devices();

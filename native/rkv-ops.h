@@ -71,6 +71,7 @@ struct rkv_op_params {
     float   memory;      // what is left of a stored importance after a pass, 0 = none is stored
     float   value_share; // value-aware: of the cells to choose, those kept for their values
     uint32_t seed;       // value-aware
+    float   value_weight; // latest, 0 = values do not count
 };
 
 // Floats that a policy stores with each cell. latest: [0, n_sim) similarities, then the importance where it has a memory;
@@ -94,7 +95,9 @@ static inline int64_t rkv_n_stats(const struct rkv_op_params * par, int64_t n_em
     return par->policy == RKV_POLICY_TRIATTENTION ? n_embd + n_embd/2 + 1 : 0;
 }
 
-static inline bool rkv_needs_values(int32_t policy) { return policy == RKV_POLICY_VALUE_AWARE || policy == RKV_POLICY_LAGKV; }
+static inline bool rkv_needs_values(const struct rkv_op_params * par) {
+    return par->policy == RKV_POLICY_VALUE_AWARE || par->policy == RKV_POLICY_LAGKV || (par->policy == RKV_POLICY_LATEST && par->value_weight > 0.0f);
+}
 static inline bool rkv_needs_rope  (int32_t policy) { return policy == RKV_POLICY_LATEST || policy == RKV_POLICY_TRIATTENTION; }
 
 // whose attention counts: the window's queries are multiplied with all keys
@@ -106,6 +109,10 @@ static inline bool rkv_searches_copies(int32_t policy) { return policy == RKV_PO
 
 // triattention: the powers of two that the distances to future queries go up to
 #define RKV_TRI_OFFSETS 17
+
+// latest: the logistic function of this many deviations is close to the normal distribution's; variances are at least that much
+#define RKV_LOGISTIC_SCALE 1.702f
+#define RKV_LEAST_VARIANCE 1e-12f
 
 // value-aware: the score of a cell that is kept for its values, above what any sampled one can reach
 #define RKV_KEPT_SCORE 64.0f
@@ -161,7 +168,7 @@ static inline bool rkv_score_is_sane(const struct ggml_tensor * op, const struct
         par->n_sim >= 0 && par->n_sim <= RKV_MAX_AUX &&
         ((par->policy != RKV_POLICY_CHUNKKV && par->policy != RKV_POLICY_LAGKV) || par->chunk >= 1) &&
         (rkv_n_aux(par) == 0 || (op->src[4] && op->src[4]->ne[0] >= rkv_n_aux(par))) &&
-        (!rkv_needs_values(par->policy) || (op->src[7] && op->src[7]->ne[2] == par->n_head_kv)) &&
+        (!rkv_needs_values(par) || (op->src[7] && op->src[7]->ne[2] == par->n_head_kv)) &&
         (par->policy != RKV_POLICY_TRIATTENTION || (op->src[8] && op->src[9] && op->src[8]->ne[0] == rkv_n_stats(par, n_embd)));
 }
 

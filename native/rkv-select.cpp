@@ -19,6 +19,7 @@ static rkv_rope rope_of(const rkv_select_args & a) {
 static rkv_op_params op_of(const rkv_select_args & a) {
     rkv_op_params op = rkv_policy_op(a.params);
     op.layer       = a.layer;
+    op.value_weight = op.policy == RKV_POLICY_LATEST && !a.v ? 0.0f : op.value_weight;
     op.n_head_kv   = a.n_head_kv;
     op.flags       = op.flags | (a.rope_neox ? RKV_FLAG_ROPE_NEOX : 0);
     op.n_rot       = a.rope_n_rot;
@@ -77,7 +78,8 @@ static bool check(const rkv_select_args & a) {
     if (!is_cached_as(a.type_k, a.n_embd_head)) {
         return rkv_set_error("keys of length %d cannot be cached as type %d", a.n_embd_head, a.type_k);
     }
-    if (rkv_needs_values(a.params.policy)) {
+    const rkv_op_params op = op_of(a);
+    if (rkv_needs_values(&op)) {
         if (!a.v) {
             return rkv_set_error("values are missing");
         }
@@ -103,7 +105,7 @@ int32_t rkv_select(const rkv_select_args * args, int32_t * idx, float * score) {
     const int64_t n_keep   = std::min<int64_t>(a.params.budget, a.n);
     const int64_t n_window = a.params.window;
     const int64_t n_aux    = rkv_n_aux(&op), n_stats = rkv_n_stats(&op, a.n_embd_head);
-    const bool    values   = rkv_needs_values(op.policy);
+    const bool    values   = rkv_needs_values(&op);
 
     ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*32 + ggml_graph_overhead(), nullptr, true }) };
     ggml_backend_ptr backend { ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr) };

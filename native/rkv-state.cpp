@@ -208,6 +208,7 @@ std::vector<std::pair<std::string, std::string>> rkv_cache::state_traits() const
     add("chunk",       std::to_string(op.chunk));
     add("growth",      std::to_string(params.growth));
     add("value_share", number(params.value_share));
+    add("value_weight", number(op.value_weight));
     add("seed",        std::to_string(params.seed));
     add("shared_heads", params.shared_heads ? "on" : "off");
     add("reference",   params.reference ? "on" : "off");

@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // Bumped whenever a struct or a function below changes; rkv_version() returns the library's.
-#define RKV_VERSION 4
+#define RKV_VERSION 5
 
 // All counts are in cells (= tokens).
 struct rkv_params {
@@ -43,6 +43,8 @@ struct rkv_params {
                           // but at least the window. 0 = the policy's own, 96 for latest and the window for the others
     uint32_t growth;      // rpc: of the tokens of each buffer one in `growth` is kept, until the budget is reached; 1 = all
     float    value_share; // value-aware: the share of the cells that are kept for the length of their values, 0..1
+    float    value_weight; // latest: of how far a value is from the mean value, beside the score of its key; 0 = none, negative =
+                          // the policy's own
     uint32_t seed;        // value-aware: of its samples
     bool     shared_heads; // one set of cells for all layers and heads, by the mean of their normalised scores; to compare with
     bool     reference;   // `rkv`: a key without a copy zeroes column 0, as the authors' code does
@@ -53,8 +55,8 @@ struct rkv_params {
     uint32_t       n_layer_budgets;
 };
 
-// latest, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5, n_sim 1; memory, chunk and recent the policy's own,
-// growth 4, value_share 0.1, seed 0. The papers' other values are up to the caller: gkv lambda 0.5 and pool 1, rpc window
+// latest, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5, n_sim 1; memory, chunk, recent and value_weight the
+// policy's own, growth 4, value_share 0.1, seed 0. The papers' other values are up to the caller: gkv lambda 0.5 and pool 1, rpc window
 // 32 and the prompt pinned, chunkkv pool 1.
 LLAMA_API struct rkv_params rkv_default_params(void);
 

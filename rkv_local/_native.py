@@ -127,6 +127,7 @@ def params(kv: KVBudget, n_layer: int | None = None) -> RkvParams:
         recent=max(kv.recent, kv.window),
         growth=kv.growth,
         value_share=kv.value_share,
+        value_weight=kv.value_weight,
         seed=kv.seed,
         shared_heads=kv.shared_heads,
         reference=kv.reference,

@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 # The RKV_VERSION that these structs mirror.
-RKV_VERSION = 4
+RKV_VERSION = 5
 
 float_p = ctypes.POINTER(ctypes.c_float)
 int_p = ctypes.POINTER(ctypes.c_int32)
@@ -31,6 +31,7 @@ class RkvParams(ctypes.Structure):
         ("recent", ctypes.c_uint32),
         ("growth", ctypes.c_uint32),
         ("value_share", ctypes.c_float),
+        ("value_weight", ctypes.c_float),
         ("seed", ctypes.c_uint32),
         ("shared_heads", ctypes.c_bool),
         ("reference", ctypes.c_bool),

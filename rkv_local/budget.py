@@ -47,6 +47,7 @@ POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS: dict[str, Any] = {"window": 8, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
 _DEFAULTS["recent"] = 0  # the window
+_DEFAULTS["value_weight"] = 0.0
 _OWN: Any = None  # the policy's own default
 
 SCHEDULES: dict[str, str] = {
@@ -90,6 +91,8 @@ class KVBudget:
         chunk: `chunkkv`: adjacent tokens that are kept together; `lagkv`: tokens of a chunk; 1 to 4096.
         growth: `rpc`: of each buffer's tokens one in so many is kept, until the budget is reached.
         value_share: `value-aware`: the share of cells that is kept for the length of their values, 0 to 1.
+        value_weight: `latest`: weight of how far a cell's value is from the mean value, beside the score of its
+            key, 0 to 1; 0: values do not count. Without effect where a model caches no values (MLA).
         seed: `value-aware`: of its sample.
         shared_heads: one set of cells for all layers and heads, by the mean of their scores; to compare with.
         reference: `rkv` only: a key without a copy zeroes column 0, as the authors' code does.
@@ -120,6 +123,7 @@ class KVBudget:
     reference: bool = False
     batch: int | None = None
     recent: int = _OWN
+    value_weight: float = _OWN
     layer_budgets: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -153,6 +157,11 @@ class KVBudget:
         self._set("chunk", _integer("chunk", self.chunk, 1, _MAX_CHUNK))
         self._set("growth", _integer("growth", self.growth, 1, _MAX_TOKENS))
         self._set("value_share", _real("value_share", self.value_share, 0.0, 1.0))
+        self._set("value_weight", _real("value_weight", self.value_weight, 0.0, 1.0))
+        if self.value_weight > 0 and self.policy not in ("none", "latest"):
+            raise ValueError(
+                f"value_weight is {self.value_weight:g}, must be 0 with policy {self.policy}: it is latest's"
+            )
         self._set("seed", _integer("seed", self.seed, 0, 2**32 - 1))
         for field in ("reference", "shared_heads"):
             if not isinstance(getattr(self, field), bool):

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 void rkv_team::barrier() const {
     if (nth > 1) {
@@ -601,6 +602,31 @@ void rkv_scorer::value_lengths(float * N) {
         float sq = 0.0f;
         ggml_vec_dot_f32(n_embd_v, &sq, 0, row, 0, row, 0, 1);
         N[(size_t) h*n_max_pad + j] = std::sqrt(sq);
+    }
+    team.barrier();
+}
+
+void rkv_scorer::value_distances(float * D) {
+    float * mean = row + n_embd_v;
+    std::vector<double> total(n_embd_v);
+    for (int h = team.ith; h < n_head_kv; h += team.nth) {
+        std::fill(total.begin(), total.end(), 0.0);
+        for (int j = 0; j < n; ++j) {
+            value_row(h, j, row);
+            for (int i = 0; i < n_embd_v; ++i) {
+                total[i] += row[i];
+            }
+        }
+        for (int i = 0; i < n_embd_v; ++i) {
+            mean[i] = (float) (total[i]/n);
+        }
+        for (int j = 0; j < n; ++j) {
+            value_row(h, j, row);
+            ggml_vec_sub_f32(n_embd_v, row, row, mean);
+            float sq = 0.0f;
+            ggml_vec_dot_f32(n_embd_v, &sq, 0, row, 0, row, 0, 1);
+            D[(size_t) h*n_max_pad + j] = std::sqrt(sq);
+        }
     }
     team.barrier();
 }

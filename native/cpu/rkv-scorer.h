@@ -81,6 +81,8 @@ struct rkv_scorer {
     void lag_deviation(float * S, int n_chunk, bool of_values);
     // N: [n_head_kv][n_pad], lengths of the values
     void value_lengths(float * N);
+    // D: [n_head_kv][n_pad], distances of the values from their mean
+    void value_distances(float * D);
     // triattention: the window's queries go into the statistics
     void gather_statistics();
     // z: what the mean query looks at from where it will be, z-scores, the largest of the group

@@ -22,9 +22,9 @@ static cell_rows keys_of(const rkv_cuda_score_args & a) {
     return { a.k, 0, a.k_cell, a.k_head, a.k_stream, a.type_k, a.n_embd, a.par.n_hadamard };
 }
 
-static cell_rows values_of(const rkv_cuda_score_args & a) {
+static cell_rows values_of(const rkv_cuda_score_args & a, int n_hadamard) {
     const int64_t el = a.v_el == (int64_t) ggml_type_size((ggml_type) a.type_v) ? 0 : a.v_el;
-    return { a.v, el, a.v_cell, a.v_head, a.v_stream, a.type_v, a.n_embd_v, a.par.n_hadamard_v };
+    return { a.v, el, a.v_cell, a.v_head, a.v_stream, a.type_v, a.n_embd_v, n_hadamard };
 }
 
 // without the cache's Hadamard rotation; 0 beyond the row's end
@@ -87,7 +87,93 @@ static __global__ void __launch_bounds__(CELL_WARPS*WARP_SIZE) rkv_lengths(const
 void rkv_cuda_lengths(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
     const dim3 grid(s.n_tile, a.n_head_kv, n_jobs), block(WARP_SIZE, CELL_WARPS);
     with_row(a.type_v, a.n_embd_v, [&](auto type, auto np) {
-        rkv_lengths<decltype(type)::value, decltype(np)::value><<<grid, block, 0, stream>>>(a, s, values_of(a));
+        rkv_lengths<decltype(type)::value, decltype(np)::value><<<grid, block, 0, stream>>>(a, s, values_of(a, a.par.n_hadamard_v));
+    });
+}
+
+//
+// latest: how far values are from their mean, added to the score of the keys in dst; a block per head
+//
+
+// mean and 1/deviation of x[0..n)
+static __device__ float2 spread(const float * x, int n, float * shared) {
+    const int tid = threadIdx.y*WARP_SIZE + threadIdx.x;
+    const auto plus = [](float a, float b) { return a + b; };
+    float total = 0.0f;
+    for (int j = tid; j < n; j += REDUCE_WARPS*WARP_SIZE) {
+        total += x[j];
+    }
+    const float mean = rkv_block_reduce<REDUCE_WARPS>(total, shared, plus)/n;
+    float sq = 0.0f;
+    for (int j = tid; j < n; j += REDUCE_WARPS*WARP_SIZE) {
+        sq += (x[j] - mean)*(x[j] - mean);
+    }
+    sq = rkv_block_reduce<REDUCE_WARPS>(sq, shared, plus)/n;
+    return make_float2(mean, rsqrtf(sq + RKV_LEAST_VARIANCE));
+}
+
+template <int type, int NP>
+static __global__ void __launch_bounds__(REDUCE_WARPS*WARP_SIZE) rkv_add_values(const rkv_cuda_score_args a, const rkv_cuda_scratch s, const cell_rows rows) {
+    const int head = blockIdx.x, lane = threadIdx.x, warp = threadIdx.y, tid = warp*WARP_SIZE + lane;
+    const int32_t * job = a.jobs[s.job0 + blockIdx.y];
+    const int n = rkv_n_cells(job), n_cand = n - a.par.window;
+    if (n_cand <= 0) {
+        return;
+    }
+    __shared__ float shared[REDUCE_WARPS], mean[64*NP];
+    for (int e = tid; e < 64*NP; e += REDUCE_WARPS*WARP_SIZE) {
+        mean[e] = 0.0f;
+    }
+    float2 x[NP], total[NP] = {};
+    for (int j = warp; j < n; j += REDUCE_WARPS) {
+        load_row<type>(x, rows, rows.row(job, head, j));
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            total[p].x += x[p].x;
+            total[p].y += x[p].y;
+        }
+    }
+    for (int w = 0; w < REDUCE_WARPS; ++w) { // in a fixed order: the same result each time
+        __syncthreads();
+        if (w == warp) {
+#pragma unroll
+            for (int p = 0; p < NP; ++p) {
+                mean[2*lane + 64*p]     += total[p].x;
+                mean[2*lane + 64*p + 1] += total[p].y;
+            }
+        }
+    }
+    __syncthreads();
+    float * z   = a.dst  + (s.job0 + blockIdx.y)*a.dst_job + head*a.dst_head;
+    float * far = s.mean + (int64_t) (blockIdx.y*a.n_head_kv + head)*s.n_pad;
+    for (int j = warp; j < n_cand; j += REDUCE_WARPS) {
+        load_row<type>(x, rows, rows.row(job, head, j));
+        float sq = 0.0f;
+#pragma unroll
+        for (int p = 0; p < NP; ++p) {
+            const float dx = x[p].x - mean[2*lane + 64*p]/n, dy = x[p].y - mean[2*lane + 64*p + 1]/n;
+            sq += dx*dx + dy*dy; // 0 beyond the row's end
+        }
+        sq = warp_reduce_sum(sq);
+        if (lane == 0) {
+            far[j] = sqrtf(sq);
+        }
+    }
+    __syncthreads();
+    const float2 of_keys = spread(z, n_cand, shared), of_values = spread(far, n_cand, shared);
+    const auto logistic = [](float x, float2 of) {
+        const float t = RKV_LOGISTIC_SCALE*(x - of.x)*of.y, e = rkv_exp(-fabsf(t));
+        return (t < 0.0f ? e : 1.0f)/(1.0f + e);
+    };
+    for (int j = tid; j < n_cand; j += REDUCE_WARPS*WARP_SIZE) {
+        z[j] = logistic(z[j], of_keys) + a.par.value_weight*logistic(far[j], of_values);
+    }
+}
+
+void rkv_cuda_add_values(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
+    const dim3 grid(a.n_head_kv, n_jobs), block(WARP_SIZE, REDUCE_WARPS);
+    with_row(a.type_v, a.n_embd_v, [&](auto type, auto np) {
+        rkv_add_values<decltype(type)::value, decltype(np)::value><<<grid, block, 0, stream>>>(a, s, values_of(a, 0)); // a rotation keeps distances
     });
 }
 
@@ -177,7 +263,7 @@ void rkv_cuda_lag(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int
     const int n_chunk = std::max(1, (int) a.par.chunk);
     const dim3 grid(std::clamp(a.n_cells/n_chunk, 4, 256), a.n_head_kv, n_jobs), block(WARP_SIZE, CELL_WARPS);
     for (const bool of_values : { false, true }) {
-        const cell_rows rows = of_values ? values_of(a) : keys_of(a);
+        const cell_rows rows = of_values ? values_of(a, a.par.n_hadamard_v) : keys_of(a);
         with_row(rows.type, rows.n_embd, [&](auto type, auto np) {
             rkv_lag<decltype(type)::value, decltype(np)::value><<<grid, block, sizeof(float)*2*CELL_WARPS*rows.n_embd, stream>>>(
                 a, s, rows, of_values ? s.mean : s.m);

@@ -152,7 +152,7 @@ static bool score_supported(const ggml_tensor * op, const rkv_op_params & par, r
     const int64_t n_embd = k->ne[0]/par.n_head_kv;
     return rkv_cuda_type_supported(k->type) && n_embd % 2 == 0 && n_embd <= RKV_CUDA_MAX_EMBD &&
         (par.policy != RKV_POLICY_LATEST || op->src[4]) &&
-        (!rkv_needs_values(par.policy) || values_supported(op->src[7], par)) &&
+        (!rkv_needs_values(&par) || values_supported(op->src[7], par)) &&
         (!rkv_searches_copies(par.policy) || rkv_cuda_search_supported(n_embd, device));
 }
 

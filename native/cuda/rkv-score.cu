@@ -313,23 +313,6 @@ static __global__ void __launch_bounds__(LOGIT_THREADS) rkv_logits(const rkv_cud
 
 static constexpr int FINISH_WARPS = 16;
 
-// exact to a unit or two in the last place for x <= 0, where -use_fast_math's loses more the smaller x is (Cephes, expf)
-static __device__ __forceinline__ float rkv_exp(float x) {
-    if (x < -87.0f) {
-        return 0.0f;
-    }
-    const float k = rintf(1.44269504f*x);
-    const float r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, x));
-    float p = 1.9875691500e-4f;
-    p = fmaf(p, r, 1.3981999507e-3f);
-    p = fmaf(p, r, 8.3334519073e-3f);
-    p = fmaf(p, r, 4.1665795894e-2f);
-    p = fmaf(p, r, 1.6666665459e-1f);
-    p = fmaf(p, r, 5.0000001201e-1f);
-    p = fmaf(p, r*r, r) + 1.0f;
-    return p*__int_as_float(((int) k + 127) << 23);
-}
-
 static __device__ __forceinline__ int rkv_n_query(const rkv_cuda_score_args & a, const int32_t * job) {
     const uint32_t slots_lo = job[RKV_JOB_QUERY_LO], slots_hi = job[RKV_JOB_QUERY_HI];
     const uint64_t in_window = a.par.window == 64 ? ~0ull : (1ull << a.par.window) - 1;
@@ -707,7 +690,7 @@ static void layout(const rkv_cuda_score_args & a, int n_jobs, char * base, rkv_c
     s.logits  = (float *) take(rkv_asks_queries(policy) ? cells*a.par.window*sizeof(float) : 0);
     s.mean    = (float *) take(rkv_asks_queries(policy) || policy == RKV_POLICY_LAGKV ? cells*sizeof(float) : 0);
     s.inv     = (float *) take(sums ? cells*sizeof(float) : 0);
-    s.m       = (float *) take(sums || latest || rkv_needs_values(policy) || policy == RKV_POLICY_TRIATTENTION ? cells*sizeof(float) : 0);
+    s.m       = (float *) take(sums || latest || rkv_needs_values(&a.par) || policy == RKV_POLICY_TRIATTENTION ? cells*sizeof(float) : 0);
     s.series  = (float *) take(policy == RKV_POLICY_TRIATTENTION ? (size_t) n_jobs*a.n_head_kv*(a.n_embd + a.n_embd/2)*sizeof(float) : 0);
     s.partial = (float *) take(sums ? cells/RKV_CUDA_TILE*a.n_embd*sizeof(float) : 0);
     s.spared  = (unsigned long long *) take(copies ? cells*sizeof(unsigned long long) : 0);
@@ -809,6 +792,9 @@ static void score_some(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s
             break;
     }
     rkv_finish<<<finish_grid, finish_block, 0, stream>>>(a, s);
+    if (a.par.policy == RKV_POLICY_LATEST && a.par.value_weight > 0.0f) {
+        rkv_cuda_add_values(a, s, n_jobs, stream);
+    }
 }
 
 void rkv_cuda_score(const rkv_cuda_score_args & a, char * scratch, rkv_cuda_device device, cudaStream_t stream) {

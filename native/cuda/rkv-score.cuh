@@ -32,6 +32,23 @@ static __device__ __forceinline__ int2 rkv_pair(const rkv_op_params & par, int f
                                             make_int2(par.rope_begin + 2*f, par.rope_begin + 2*f + 1);
 }
 
+// exact to a unit or two in the last place for x <= 0, where -use_fast_math's loses more the smaller x is (Cephes, expf)
+static __device__ __forceinline__ float rkv_exp(float x) {
+    if (x < -87.0f) {
+        return 0.0f;
+    }
+    const float k = rintf(1.44269504f*x);
+    const float r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, x));
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3981999507e-3f);
+    p = fmaf(p, r, 8.3334519073e-3f);
+    p = fmaf(p, r, 4.1665795894e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 5.0000001201e-1f);
+    p = fmaf(p, r*r, r) + 1.0f;
+    return p*__int_as_float(((int) k + 127) << 23);
+}
+
 // of a block [n_warp][WARP_SIZE]; every thread gets the result. shared: [n_warp]
 template <int n_warp, typename T, typename F>
 static __device__ T rkv_block_reduce(T x, T * shared, F f) {
@@ -59,6 +76,8 @@ static __device__ __forceinline__ int rkv_lag_chunk(const rkv_cuda_score_args & 
 void rkv_cuda_search(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, rkv_cuda_device device, cudaStream_t stream);
 // s.m: lengths of the values
 void rkv_cuda_lengths(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream);
+// dst: the values' part of `latest` is added to its keys'; s.mean is overwritten
+void rkv_cuda_add_values(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream);
 // s.m, s.mean: deviations of keys and of values
 void rkv_cuda_lag(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream);
 // dst: the whole score of triattention

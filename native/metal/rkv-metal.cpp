@@ -51,7 +51,7 @@ static int key_type(ggml_type type) {
 }
 
 static bool supports_score(const ggml_tensor * op, const rkv_op_params & par) {
-    return par.policy > RKV_POLICY_NONE && par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f && rkv_score_is_sane(op, &par) &&
+    return par.policy > RKV_POLICY_NONE && par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f && par.value_weight == 0.0f && rkv_score_is_sane(op, &par) &&
         key_type(op->src[0]->type) >= 0 && op->src[0]->ne[0]/par.n_head_kv <= MAX_HEAD &&
         (par.policy != RKV_POLICY_LATEST || (op->src[4] && par.n_sim <= RKV_METAL_MAX_SIM));
 }

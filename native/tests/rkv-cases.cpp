@@ -12,6 +12,11 @@
 #include <cstring>
 #include <random>
 
+static bool values_of(const rkv_case & c) {
+    const rkv_op_params p = rkv_case_params(c);
+    return rkv_needs_values(&p);
+}
+
 //
 // the table
 //
@@ -313,6 +318,34 @@ static std::vector<rkv_case> make_cases() {
     }
     add("values alike", RKV_POLICY_VALUE_AWARE, [&](rkv_case & c) { c.same_values = true; c.value_share = 0.5f; });
     add("values alike", RKV_POLICY_LAGKV, [&](rkv_case & c) { c.same_values = true; });
+    for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        add(std::string("values ") + ggml_type_name(type), RKV_POLICY_LATEST, [&](rkv_case & c) {
+            c.value_weight = 0.2f;
+            c.type_v = type;
+            c.n_hadamard_v = type == GGML_TYPE_Q8_0 ? 64 : 0;
+        });
+    }
+    for (const int n_embd_v : { 64, 80, 192, 256, 512 }) {
+        add("values of " + std::to_string(n_embd_v), RKV_POLICY_LATEST, [&](rkv_case & c) { c.value_weight = 0.2f; c.n_embd_v = n_embd_v; });
+    }
+    add("values, transposed", RKV_POLICY_LATEST, [&](rkv_case & c) { c.value_weight = 1.0f; c.v_trans = true; });
+    add("values alike", RKV_POLICY_LATEST, [&](rkv_case & c) { c.value_weight = 0.5f; c.same_values = true; });
+    add("values, ragged", RKV_POLICY_LATEST, [&](rkv_case & c) {
+        c.value_weight = 0.2f;
+        c.jobs = { { 2, 0, 70, 160, 70, 0, 0, 0xff }, { 1, 13, 13, 150, 70, 4, 0, 0x3c }, { 0, 4, 100, 101, 93, 4, 0, 0x01 } };
+    });
+    add("values, memory", RKV_POLICY_LATEST, [&](rkv_case & c) { c.value_weight = 0.2f; c.memory = 0.5f; });
+    add("values, 8B layer q8_0", RKV_POLICY_LATEST, [&](rkv_case & c) {
+        full(c, 128);
+        c.value_weight = 0.2f;
+        c.type_k = c.type_v = GGML_TYPE_Q8_0;
+        c.n_hadamard = c.n_hadamard_v = 128;
+        c.n_head_kv = 8;
+        c.n_group = 4;
+        c.n_cells = 1152;
+        c.n_stream = 2;
+        c.jobs = { { 1, 0, 1024, 1152, 1024, 0, 0, 0xff }, { 0, 0, 0, 1100, 1024, 0, 0, 0xff } };
+    });
     add("another seed", RKV_POLICY_VALUE_AWARE, [&](rkv_case & c) { c.seed = 0x9abcdef1u; c.layer = 31; });
     for (const float lambda : { 0.0f, 1.0f }) {
         add("lambda " + std::to_string(lambda).substr(0, 3), RKV_POLICY_GKV, [&](rkv_case & c) { c.lambda = lambda; });
@@ -385,7 +418,7 @@ const std::vector<rkv_case> & rkv_cases() {
     return cases;
 }
 
-bool rkv_case_is_optional(const rkv_case & c) { return c.policy > RKV_POLICY_LATEST || c.memory > 0.0f; }
+bool rkv_case_is_optional(const rkv_case & c) { return c.policy > RKV_POLICY_LATEST || c.memory > 0.0f || c.value_weight > 0.0f; }
 
 rkv_op_params rkv_case_params(const rkv_case & c) {
     rkv_op_params p = {};
@@ -408,6 +441,7 @@ rkv_op_params rkv_case_params(const rkv_case & c) {
     p.seed        = c.seed;
     p.memory      = c.memory;
     p.value_share = c.value_share;
+    p.value_weight = c.value_weight;
     return p;
 }
 
@@ -521,12 +555,12 @@ rkv_case_data rkv_case_inputs(const rkv_case & c) {
     }
 
     d.v.resize(ggml_row_size(c.type_v, c.n_embd_v)*c.n_head_kv*c.n_cells*c.n_stream);
-    if (!rkv_needs_values(c.policy)) {
+    if (!values_of(c)) {
         for (auto & x : d.v) {
             x = (uint8_t) rng(); // bytes are only moved
         }
     }
-    for (int i = 0; rkv_needs_values(c.policy) && i < c.n_stream*c.n_cells*c.n_head_kv; ++i) {
+    for (int i = 0; values_of(c) && i < c.n_stream*c.n_cells*c.n_head_kv; ++i) {
         const int h = i % c.n_head_kv, j = i/c.n_head_kv % c.n_cells, s = i/c.n_head_kv/c.n_cells;
         std::vector<float> value(c.n_embd_v);
         const float length = std::exp(normal(rng));
@@ -617,7 +651,7 @@ std::vector<ggml_tensor *> rkv_case_moved(ggml_context * ctx, const rkv_case & c
 ggml_tensor * rkv_case_score(ggml_context * ctx, const rkv_case & c, const rkv_case_tensors & t, ggml_tensor * pos) {
     const rkv_op_params par = rkv_case_params(c);
     ggml_tensor * z = ggml_rkv_score(ctx, t.k, t.q, t.jobs, pos, t.aux, t.rope, &par);
-    if (rkv_needs_values(c.policy)) {
+    if (values_of(c)) {
         const size_t el = ggml_type_size(t.v->type), line = el*c.n_cells, head = ggml_row_size(t.v->type, c.n_embd_v);
         ggml_tensor * v = c.v_trans ?
             ggml_view_4d(ctx, t.v, c.n_embd_v, c.n_cells, c.n_head_kv, c.n_stream, el, line*c.n_embd_v, t.v->nb[2], 0) :

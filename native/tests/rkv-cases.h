@@ -25,6 +25,7 @@ struct rkv_case {
     int n_head_kv = 2, n_group = 3;
     int n_cells = 160, n_stream = 3;
     int window = 8, pool = 7, pin = 4;
+    float value_weight = 0.0f;
     int recent = 8; // kept at the end, at least window
     int n_sim = 1, n_aux = 1; // of `latest`; others have as many as they need
     int chunk = 10, layer = 5;

@@ -45,9 +45,10 @@ static rkv_case_result run(ggml_backend_t home, rkv_generic & generic, const rkv
     }
     rkv_case_set(t, d);
 
-    rkv_generic_layer layer = { t.k, t.q, t.pos, t.aux, d.rope.empty() ? nullptr : &d.rope, rkv_case_params(c),
+    const rkv_op_params par = rkv_case_params(c);
+    rkv_generic_layer layer = { t.k, t.q, t.pos, t.aux, d.rope.empty() ? nullptr : &d.rope, par,
         (uint32_t) std::max(c.recent, c.window), nullptr,
-        rkv_needs_values(c.policy) ? t.v : nullptr, c.v_trans, c.n_embd_v, t.stats, {} };
+        rkv_needs_values(&par) ? t.v : nullptr, c.v_trans, c.n_embd_v, t.stats, {} };
     const auto views = [&](ggml_context * in) { return rkv_case_moved(in, c, t); };
     if (!rkv_generic::check(ggml_backend_get_device(home), views)) {
         r.error = "the device does not copy";

@@ -31,6 +31,8 @@ def kv_fields(kv: KVBudget | None, n_layer: int = 0) -> Row | None:
         return None
     fields = asdict(kv)
     fields["batch"] = kv.n_batch
+    if kv.value_weight == 0:  # results without it are older than the field
+        del fields["value_weight"]
     if kv.layer_budgets not in (None, "uniform") and n_layer:
         fields["schedule"] = kv.layer_budgets if isinstance(kv.layer_budgets, str) else "custom"
         fields["layer_budgets"] = list(kv.budgets(n_layer))

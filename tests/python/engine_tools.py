@@ -70,6 +70,7 @@ class RkvParams(ctypes.Structure):
         ("recent", c_uint32),
         ("growth", c_uint32),
         ("value_share", c_float),
+        ("value_weight", c_float),
         ("seed", c_uint32),
         ("shared_heads", c_bool),
         ("reference", c_bool),
@@ -188,6 +189,7 @@ def params(
     out.lambda_, out.threshold, out.reference = spec.lam, spec.threshold, spec.reference
     out.growth, out.shared_heads = growth, shared_heads
     out.recent = max(spec.recent, spec.window)
+    out.value_weight = spec.value_weight
     out.memory, out.chunk, out.value_share, out.seed = spec.memory, spec.chunk, spec.value_share, spec.seed
     out.n_batch_seq = batch
     if layer_budgets:

@@ -50,6 +50,7 @@ class Spec:
     memory: float = 0.0
     chunk: int = 10
     value_share: float = 0.1
+    value_weight: float = 0.0
     seed: int = 0
     layer: int = 0
     reference: bool = False
@@ -262,6 +263,17 @@ def latest_update(k: Floats, pos: Ints, aux: Floats, n_old: int, rope: Rope) -> 
     return out
 
 
+def value_distances(v: Floats) -> Floats:
+    """[n_head_kv, n]: how far each value of v [n, n_head_kv, d] is from the head's mean value."""
+    return np.linalg.norm(v - v.mean(axis=0), axis=-1).T
+
+
+def logistic(x: Floats) -> Floats:
+    """Rows [.., n] as shares of a logistic distribution with their mean and deviation."""
+    deviation = np.sqrt(x.var(axis=-1, keepdims=True) + 1e-12)
+    return 1 / (1 + np.exp(-1.702 * (x - x.mean(axis=-1, keepdims=True)) / deviation))
+
+
 # --- scores and selection -------------------------------------------------------------------------
 
 
@@ -313,6 +325,9 @@ def select(
         elif similar is not None:
             late = similar.mean(axis=0).T[:, :past]
             z = spec.lam * z / z.max(axis=-1, keepdims=True) - (1 - spec.lam) * late
+            if spec.value_weight > 0:
+                assert v is not None
+                z = logistic(z) + spec.value_weight * logistic(value_distances(v)[:, :past])
     else:
         raise ValueError(f"no such policy: {spec.policy}")
     parts = [x for x in (similar, stored) if x is not None]

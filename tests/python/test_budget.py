@@ -95,6 +95,8 @@ BAD = [
     ("chunk", 4097),
     ("growth", 0),
     ("value_share", -0.5),
+    ("value_weight", -0.1),
+    ("value_weight", 1.1),
     ("seed", -1),
     ("seed", 2**32),
     ("shared_heads", 1),

@@ -75,7 +75,7 @@ def test_policies_defaults_and_checks_are_the_librarys() -> None:
     ours, theirs = _native.params(KVBudget(batch=1)), _native.default_params()
     ours.n_batch_seq = theirs.n_batch_seq
     for name, *_ in ours._fields_:
-        if name not in ("layer_budgets", "memory", "chunk", "recent"):  # those say "the policy's own"
+        if name not in ("layer_budgets", "memory", "chunk", "recent", "value_weight"):  # those say "the policy's own"
             assert getattr(ours, name) == getattr(theirs, name), name
     bad: list[tuple[str, Any]] = [
         ("policy", 14), ("policy", -1), ("budget", 0), ("buffer", 0), ("window", 0), ("window", 65),
@@ -83,7 +83,7 @@ def test_policies_defaults_and_checks_are_the_librarys() -> None:
         ("pool", 0), ("pool", 8), ("lambda_", -0.1), ("lambda_", 1.1), ("lambda_", float("nan")),
         ("threshold", 1.5), ("threshold", float("nan")), ("n_sim", 0), ("n_sim", 5),
         ("memory", 1.1), ("memory", float("nan")), ("chunk", 4097), ("recent", 4097), ("growth", 0),
-        ("value_share", 1.1),
+        ("value_share", 1.1), ("value_weight", 1.1), ("value_weight", float("nan")),
     ]  # fmt: skip
     _native.params_check(_native.default_params())
     for name, value in bad:

@@ -59,6 +59,8 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("triattention", {"rope": replace(ROPE, ext_factor=1.0, freq_scale=0.25, n_ctx_orig=4096)}),
     *[(policy, {"memory": share}) for policy in ("rkv", "snapkv", "latest") for share in (0.5, 1.0)],
     ("latest", {"memory": 0.9, "n_sim": 4, "rope": ROPE}),
+    *[("latest", {"value_weight": weight, "rope": ROPE}) for weight in (0.2, 1.0)],
+    ("latest", {"value_weight": 0.2, "memory": 0.9, "n_sim": 2, "rope": ROPE, "pin": 60}),
 ]
 
 

@@ -37,6 +37,7 @@ class Settings:
     sim: what `latest` compares: "key" (without RoPE), "rotated", "value", "both" (the smaller of key and
         value).
     norm: what importance is divided by before it is weighed: "max" or "mean" over the candidates.
+    value: of the values' lengths, as shares of the longest.
     shares: budgets by layer: "uniform", "oracle" (what each layer wins in one ranking by future attention),
         or numbers with / between them that are normalised.
     pin: pinned first tokens; -1 is the prompt.
@@ -55,6 +56,7 @@ class Settings:
     sim: str = "key"
     norm: str = "max"
     value: float = 0.0
+    value_weight: float = 0.0
     shares: str = "uniform"
     blocks: int = 0  # oracle: how many blocks it looks ahead; 0 is all
 
@@ -163,7 +165,16 @@ def score(c: Cells, q: Tensor, s: Settings, n_new: int, scale: float) -> Tensor:
     if s.value > 0:
         length = c.v.norm(dim=-1)[:, :, :n_cand]
         z = z + s.value * length / length.amax(-1, keepdim=True)
+    if s.value_weight > 0:
+        far = (c.v - c.v.mean(2, keepdim=True)).norm(dim=-1)[:, :, :n_cand]
+        z = logistic(z) + s.value_weight * logistic(far)
     return z
+
+
+def logistic(x: Tensor) -> Tensor:
+    """Shares of a logistic distribution with the mean and deviation of the last dimension."""
+    spread = (x.var(-1, keepdim=True, correction=0) + 1e-12).sqrt()
+    return torch.sigmoid(1.702 * (x - x.mean(-1, keepdim=True)) / spread)
 
 
 class Lab:

@@ -108,6 +108,7 @@ def budget_of(values: dict[str, Any], batch: int | None = None) -> KVBudget | No
             recent=values["kv_recent"],
             policy=values["kv_policy"],
             lam=values["kv_lambda"],
+            value_weight=values["kv_value_weight"],
             pin=values["kv_pin"],
             layer_budgets=values["kv_layer_budgets"],
             seed=values["kv_seed"],

@@ -210,6 +210,13 @@ def cache_options(*without: str) -> Decorator:
             SHARE,
             metavar="X",
         ),
+        "kv_value_weight": opt(
+            "--kv-value-weight",
+            "latest: weight of how far a token's value is from the mean value, beside the score of its key "
+            "(default: 0, none).",
+            SHARE,
+            metavar="X",
+        ),
         "kv_seed": opt("--kv-seed", "Of what value-aware samples.", click.IntRange(0, 2**32 - 1), 0),
         "kv_layer_budgets": opt(
             "--kv-layer-budgets",

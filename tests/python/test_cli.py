@@ -172,6 +172,7 @@ def test_budget_options_reach_the_budget() -> None:
     assert made("--kv-policy", "none") is None
     assert made("--kv-policy", "rkv") == KVBudget(policy="rkv", recent=0)
     assert made("--kv-recent", "40") == KVBudget(recent=40)
+    assert made("--kv-value-weight", "0.3") == KVBudget(value_weight=0.3)
     assert made("--kv-recent", "40", "--kv-policy", "snapkv") == KVBudget(policy="snapkv", recent=40)
     given = ("--kv-budget", "200", "--kv-buffer", "32", "--kv-window", "5", "--kv-lambda", "0.3")
     expected = KVBudget(budget=200, buffer=32, window=5, lam=0.3)

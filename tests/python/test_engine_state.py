@@ -129,6 +129,18 @@ def test_the_most_recent_tokens_stay(make_tiny: MakeTiny, policy: str) -> None:
     make_tiny(kv).load_state(state)
 
 
+def test_values_decide_with_a_weight(make_tiny: MakeTiny) -> None:
+    """Other cells are kept, and a state of another weight is refused."""
+    kept = []
+    for weight in (0.0, 0.5):
+        llama = make_tiny(replace(TINY, recent=4, value_weight=weight))
+        llama.eval(PROMPT)
+        kept.append([llama.kv_kept(layer, head).tolist() for layer in range(3) for head in range(2)])
+    assert kept[0] != kept[1]
+    with pytest.raises(RKVError, match=r"saved with value_weight 0\.5, this context has 0\.25"):
+        make_tiny(replace(TINY, recent=4, value_weight=0.25)).load_state(llama.save_state())
+
+
 @pytest.mark.parametrize("policy", ["latest", "rkv", "streaming", "value-aware"])
 def test_the_window_is_recent_whatever_is_said(make_tiny: MakeTiny, policy: str) -> None:
     """0 and whatever is within the window make the same cache, whose states are the same."""

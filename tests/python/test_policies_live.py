@@ -23,7 +23,8 @@ from tiny_models import Shape, write_model
 
 WIDE = Shape(arch="qwen2", n_layer=2, n_head=4, n_head_kv=2, d_head=64)
 TOKENS = np.random.default_rng(1).integers(0, 96, size=400).tolist()
-EVERY = [*NAMES, "rkv", "snapkv", "latest"]
+VALUES = "latest, values"
+EVERY = [*NAMES, "rkv", "snapkv", "latest", VALUES]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 
 def options_of(policy: str, **change: Any) -> Options:
-    """Small budgets; rkv, snapkv and latest with a memory, so that all three store floats."""
+    """Small budgets; rkv, snapkv and latest with a memory, so that all three store floats. VALUES has none."""
+    if policy == VALUES:
+        return options_of("latest", **{"memory": 0.0, "value_weight": 0.4, **change})
     memory: dict[str, Any] = {"memory": 0.9} if policy in ("rkv", "snapkv", "latest") else {}
     spec = spec_of(policy, budget=48, window=6, pin=2, **memory)
     own = {name: change.pop(name) for name in list(change) if hasattr(spec, name)}
@@ -189,6 +192,21 @@ def test_values_are_refused_where_there_are_none(policy: str, tmp_path: Path) ->
     try:
         with pytest.raises(NativeError, match=f"the policy {policy} is not supported here: .*MLA"):
             Context(model, options_of(policy, n_ctx=256))
+    finally:
+        model.close()
+
+
+def test_values_do_not_count_where_there_are_none(tmp_path: Path) -> None:
+    model = Model(write_family(tmp_path / "mla.gguf", "MLA"))
+    try:
+        held = []
+        for weight in (0.0, 0.5):
+            options = options_of("latest", n_ctx=256, memory=0.0, value_weight=weight)
+            with Context(model, options) as context:
+                context.feed(TOKENS[:120])
+                held.append([context.all_positions(il).tolist() for il in context.layers])
+        assert held[0] == held[1]
+        assert held[0][0][0] != held[0][0][1]
     finally:
         model.close()
 

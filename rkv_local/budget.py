@@ -91,8 +91,8 @@ class KVBudget:
         chunk: `chunkkv`: adjacent tokens that are kept together; `lagkv`: tokens of a chunk; 1 to 4096.
         growth: `rpc`: of each buffer's tokens one in so many is kept, until the budget is reached.
         value_share: `value-aware`: the share of cells that is kept for the length of their values, 0 to 1.
-        value_weight: `latest`: weight of how far a cell's value is from the mean value, beside the score of its
-            key, 0 to 1; 0: values do not count. Without effect where a model caches no values (MLA).
+        value_weight: `latest`: weight of how far a cell's value is from the mean value, beside the score of
+            its key, 0 to 1; 0: values do not count. Without effect where a model caches no values (MLA).
         seed: `value-aware`: of its sample.
         shared_heads: one set of cells for all layers and heads, by the mean of their scores; to compare with.
         reference: `rkv` only: a key without a copy zeroes column 0, as the authors' code does.

@@ -201,7 +201,10 @@ def budgets_of(
         n = cells(budget)
         for policy in policies:
             try:
-                kv = budget_of({**values, "kv_policy": policy, "kv_budget": n}, values["batch_size"])
+                own = {"kv_policy": policy, "kv_budget": n}
+                if policy != "latest" and "latest" in policies:
+                    own["kv_value_weight"] = None  # it is for the one that has it
+                kv = budget_of({**values, **own}, values["batch_size"])
                 assert kv is not None
                 changed = variations(kv, values["kv_set"])
             except click.UsageError as err:

@@ -27,7 +27,8 @@ def variant(kv: Row | None) -> str:
         return "full cache"
     usual = defaults(kv["policy"])
     words = []
-    for name, value in ({"value_weight": 0.0} | kv).items():
+    fields: Row = {"value_weight": 0.0, **kv}
+    for name, value in fields.items():
         if name == "schedule":
             if (kv["policy"], value) != (BY_ITSELF, CALIBRATED):
                 words.append(f"layers={value}")

@@ -35,7 +35,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 
 def options_of(policy: str, **change: Any) -> Options:
-    """Small budgets; rkv, snapkv and latest with a memory, so that all three store floats. VALUES has none."""
+    """Small budgets; rkv, snapkv and latest with a memory, so that all three store floats; VALUES without."""
     if policy == VALUES:
         return options_of("latest", **{"memory": 0.0, "value_weight": 0.4, **change})
     memory: dict[str, Any] = {"memory": 0.9} if policy in ("rkv", "snapkv", "latest") else {}

@@ -125,13 +125,23 @@ def whole(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return f"{row['sha256']} {row['task']}"
 
     full = {task(r): r["problems"] for r in rows if r["kv"] is None and r["type_k"] == "f16"}
+    most: dict[str, int] = {}  # of texts
+    for r in rows:
+        most[task(r)] = max(most.get(task(r), 0), size(r))
     return [
         r
         for r in rows
-        if r["task"].get("kind") not in KINDS
-        or r["problems"] == BASE
-        or r["problems"] >= full.get(task(r), BASE)
+        if (
+            r["problems"] in (BASE, full.get(task(r)))
+            if r["task"].get("kind") in KINDS
+            else size(r) == most[task(r)]
+        )
     ]
+
+
+def size(row: dict[str, Any]) -> int:
+    """How much was read or asked."""
+    return int(row.get("positions") or row.get("problems") or 0)
 
 
 def page(data: Path, target: Path, notes: Path, draw: bool) -> str:

@@ -366,9 +366,22 @@ def evaluate(*args: str) -> list[dict[str, Any]]:
 
 
 def test_a_weight_of_values_is_for_the_policy_that_has_one(tmp_path: Path) -> None:
-    args = ("jsonl", ask(tmp_path), "--compare", "text", "-m", str(talker()), "-n", "8", *TINY, "--kv-budget", "24")
+    args = (
+        "jsonl",
+        ask(tmp_path),
+        "--compare",
+        "text",
+        "-m",
+        str(talker()),
+        "-n",
+        "8",
+        *TINY,
+        "--kv-budget",
+        "24",
+    )
     rows = evaluate(*args, "--kv-policy", "none,latest,rkv", "--kv-value-weight", "0.3")
-    assert [r["variant"] for r in rows] == ["full cache", "latest value_weight=0.3", "rkv"]
+    assert [r["policy"] for r in rows] == ["full", "latest", "rkv"]
+    assert [r["kv"] and r["kv"].get("value_weight") for r in rows] == [None, 0.3, None]
     result = invoke("eval", *args, "--kv-policy", "rkv", "--kv-value-weight", "0.3")
     assert result.exit_code == 2
     assert "value_weight is 0.3, must be 0 with policy rkv" in result.stderr

@@ -330,7 +330,9 @@ struct scorer {
         ggml_tensor * mean = ggml_scale(g(), ggml_reshape_3d(g(), ggml_sum_rows(g(), across), d, 1, nh), 1.0f/n);
         return ggml_reshape_3d(g(), length(ggml_sub(g(), v, mean)), n, 1, nh);
     }
+    // Centred first: some backends take the variance as a difference of two means.
     ggml_tensor * logistic(ggml_tensor * x) const {
+        x = ggml_sub(g(), x, ggml_scale(g(), ggml_sum_rows(g(), x), 1.0f/x->ne[0]));
         return ggml_sigmoid(g(), ggml_scale(g(), ggml_norm(g(), x, RKV_LEAST_VARIANCE), RKV_LOGISTIC_SCALE));
     }
 
@@ -631,7 +633,7 @@ struct scorer {
 
     size_t n_nodes() const {
         const size_t n_chunk = (n_head + heads_at_once() - 1)/heads_at_once();
-        return n_chunk*(208 + (28 + 14*par.n_sim)*(n/BLOCK + 3));
+        return n_chunk*(216 + (28 + 14*par.n_sim)*(n/BLOCK + 3));
     }
 };
 

@@ -79,7 +79,7 @@ static bool check(const rkv_select_args & a) {
         return rkv_set_error("keys of length %d cannot be cached as type %d", a.n_embd_head, a.type_k);
     }
     const rkv_op_params op = op_of(a);
-    if (rkv_needs_values(&op)) {
+    if (rkv_needs_values(&op) || a.params.value_weight > 0.0f) {
         if (!a.v) {
             return rkv_set_error("values are missing");
         }

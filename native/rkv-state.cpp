@@ -24,7 +24,7 @@
 #include <stdexcept>
 
 static constexpr uint32_t STATE_MAGIC   = 0x53564b52; // "RKVS"
-static constexpr uint32_t STATE_VERSION = 3;
+static constexpr uint32_t STATE_VERSION = 4;
 static constexpr uint32_t MAX_TEXT      = 4096;       // of one line of the header
 
 namespace {

@@ -177,7 +177,7 @@ struct rkv_select_args {
     const float   * k;           // [n, n_head_kv, n_embd_head]
     const float   * q;           // [window, n_head, n_embd_head]
     const int32_t * pos;         // [n, n_head_kv] true positions (latest, value-aware, triattention)
-    const float   * v;           // [n, n_head_kv, n_embd_head_v] (value-aware, lagkv), else NULL
+    const float   * v;           // [n, n_head_kv, n_embd_head_v] (value-aware, lagkv; latest, if it is to look at them), else NULL
     int32_t  n_embd_head_v, type_v;
     float         * aux;         // [n_aux, n, n_head_kv] stored floats, read and updated; may be NULL: then none is old. n_aux:
                                  // latest n_sim; h2o, gkv, given 1; one more for latest, rkv and snapkv with a memory

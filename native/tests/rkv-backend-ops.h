@@ -43,7 +43,7 @@ struct test_rkv : public test_case {
                 if (!d.rope.empty()) {
                     in.rope = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_rot, d.rope.size()/c.n_rot);
                 }
-                if (rkv_needs_values(c.policy)) {
+                if (rkv_needs_values(&par)) {
                     in.v = ggml_new_tensor_3d(ctx, c.type_v, (int64_t) c.n_embd_v*c.n_head_kv, c.n_cells, c.n_stream);
                 }
                 if (!d.stats.empty()) {

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 EXISTING = click.Path(path_type=Path, dir_okay=False, exists=True)
+_ANY = 1 << 20  # cells: more than any field asks for
 
 
 class Policies(click.ParamType):
@@ -191,22 +192,18 @@ def budgets_of(
     """(budget, percentage asked for) of every configuration, the full cache first.
 
     Raises:
-        click.UsageError: a budget that a policy cannot have.
+        click.UsageError: a budget that a policy cannot have, or a field's value that no policy takes.
     """
     made: list[tuple[KVBudget | None, float | None]] = []
     if "none" in values["kv_policy"]:
         made.append((None, None))
     policies = [p for p in values["kv_policy"] if p != "none"]
+    takes = variations(values, policies)
     for budget in values["kv_budget"] if policies else ():
         n = cells(budget)
         for policy in policies:
             try:
-                own = {"kv_policy": policy, "kv_budget": n}
-                if policy != "latest" and "latest" in policies:
-                    own["kv_value_weight"] = None  # it is for the one that has it
-                kv = budget_of({**values, **own}, values["batch_size"])
-                assert kv is not None
-                changed = variations(kv, values["kv_set"])
+                changed = [with_fields(values, policies, policy, n, fields) for fields in takes[policy]]
             except click.UsageError as err:
                 if not budget.percent:
                     raise
@@ -216,13 +213,39 @@ def budgets_of(
     return made
 
 
-def variations(kv: KVBudget, sets: Sequence[tuple[str, tuple[Any, ...]]]) -> list[KVBudget]:
-    """A budget with all combinations of --kv-set."""
-    names = [name for name, _ in sets]
+def variations(values: dict[str, Any], policies: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The combinations of --kv-set that each policy takes, whatever the budget; what one refuses is told.
+
+    Raises:
+        click.UsageError: all policies refuse a combination.
+    """
+    names = [name for name, _ in values["kv_set"]]
+    takes: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
+    for combination in itertools.product(*(choices for _, choices in values["kv_set"])):
+        fields, refused = dict(zip(names, combination, strict=True)), {}
+        for policy in policies:
+            try:
+                with_fields(values, policies, policy, _ANY, fields)
+                takes[policy].append(fields)
+            except click.UsageError as err:
+                refused[policy] = err.message
+        if refused and len(refused) == len(policies):
+            raise click.UsageError(next(iter(refused.values())))
+        for policy, why in refused.items():
+            ui.line(f"left out: {policy}: {why}")
+    return takes
+
+
+def with_fields(
+    values: dict[str, Any], policies: Sequence[str], policy: str, cells: int, fields: dict[str, Any]
+) -> KVBudget:
+    """A policy's budget with the options and these fields. Raises click.UsageError."""
+    own: dict[str, Any] = {"kv_policy": policy, "kv_budget": cells}
+    if policy != "latest" and "latest" in policies:
+        own["kv_value_weight"] = None  # it is for the one that has it
+    kv = budget_of({**values, **own}, values["batch_size"])
+    assert kv is not None
     try:
-        return [
-            replace(kv, **dict(zip(names, combination, strict=True)))
-            for combination in itertools.product(*(choices for _, choices in sets))
-        ]
+        return replace(kv, **fields)
     except (ValueError, TypeError) as err:
         raise click.UsageError(f"--kv-set: {err}") from err

@@ -382,6 +382,11 @@ def test_a_weight_of_values_is_for_the_policy_that_has_one(tmp_path: Path) -> No
     rows = evaluate(*args, "--kv-policy", "none,latest,rkv", "--kv-value-weight", "0.3")
     assert [r["policy"] for r in rows] == ["full", "latest", "rkv"]
     assert [r["kv"] and r["kv"].get("value_weight") for r in rows] == [None, 0.3, None]
+    result = invoke("eval", *args, "--kv-set", "value_weight=0.0,0.3", "--json")
+    assert result.exit_code == 0
+    assert "left out: rkv: --kv-set: value_weight is 0.3, must be 0 with policy rkv" in result.stderr
+    found = [(r["policy"], (r["kv"] or {}).get("value_weight", 0)) for r in json.loads(result.stdout)]
+    assert found == [("full", 0), ("latest", 0), ("latest", 0.3), ("rkv", 0)]
     result = invoke("eval", *args, "--kv-policy", "rkv", "--kv-value-weight", "0.3")
     assert result.exit_code == 2
     assert "value_weight is 0.3, must be 0 with policy rkv" in result.stderr
@@ -422,10 +427,11 @@ def test_reason(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     args = ("reason", "-m", str(talker()), "--family", "chain,digits", "-n", "16", *TINY, "-o", str(out))
     few = evaluate(*args, "--kind", "dense", "--n-problems", "2")
-    assert [(r["policy"], r["problems"], r["correct"]) for r in few] == [("full", 2, 0), ("rkv", 2, 0)]
+    policies = ("full", "latest", "rkv")
+    assert [(r["policy"], r["problems"], r["correct"]) for r in few] == [(p, 2, 0) for p in policies]
     many = evaluate(*args, "--n-problems", "4")
-    assert [r["problems"] for r in many] == [4] * 4
-    assert [r["config"] for r in many[:2]] == [r["config"] for r in few]
+    assert [r["problems"] for r in many] == [4] * 6
+    assert [r["config"] for r in many[:3]] == [r["config"] for r in few]
     assert many[0]["families"] == {"chain": [0, 2], "digits": [0, 2]}
     assert len(read([out]).runs[few[0]["config"]]) == 2  # the first two problems were not run again
 
@@ -435,7 +441,7 @@ def test_needles_and_kl(tmp_path: Path) -> None:
     text.write_text("\n\n".join(f"This is part {i} of it." for i in range(200)))
     shared = ("-m", str(talker()), "--text", str(text), "--n-texts", "1", *TINY)
     rows = evaluate("needles", *shared, "--tokens", "300", "--depths", "3", "-n", "8")
-    assert [r["problems"] for r in rows] == [3, 3]
+    assert [r["problems"] for r in rows] == [3, 3, 3]
     assert list(rows[0]["depths"]) == ["0.167", "0.500", "0.833"]
     rows = evaluate("kl", *shared, "--tokens", "512", "--step", "8", "--kv-policy", "rkv")
     assert rows[0]["kl"] > 0 and rows[0]["positions"] == 255 and rows[0]["from_position"] == 256
@@ -465,6 +471,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("eval", "report", str(out)).stdout == text
     assert [r["policy"] for r in json.loads(invoke("eval", "report", str(out), "--json").stdout)] == [
         "full",
+        "latest",
         "rkv",
     ]
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
@@ -503,6 +510,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
         (("reason", "--split", "test"), 2, "'test' is not one of"),
         (("reason", "--kv-set", "lamda=1"), 2, "does not begin with one of"),
         (("reason", "--kv-set", "lam=2"), 2, "--kv-set: lam is 2"),
+        (("reason", "--kv-policy", "rkv", "--kv-value-weight", "1"), 2, "value_weight is 1"),
         (("reason", "--kv-budget", "8"), 2, "budget is 8, must be larger"),
         (("reason", "-np", "0"), 2, "0 is not in the range"),
         (("kl", "--kv-budget", "10%"), 2, "percent is for tasks with traces"),

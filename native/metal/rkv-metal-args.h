@@ -30,6 +30,8 @@
 #define RKV_METAL_FLAG_REFERENCE   1
 #define RKV_METAL_FLAG_ROPE_NEOX   2
 #define RKV_METAL_ROPE_LO          256
+#define RKV_METAL_LOGISTIC_SCALE   1.702f
+#define RKV_METAL_LEAST_VARIANCE   1e-12f
 
 #define RKV_METAL_TYPE_F32    0
 #define RKV_METAL_TYPE_F16    1
@@ -52,6 +54,7 @@ struct rkv_metal_score_args {
     uint64_t pos_head, pos_stream;
     uint64_t aux_cell, aux_head, aux_stream;
     uint64_t z_head, z_job;
+    uint64_t v_el, v_cell, v_head, v_stream; // v_el: between elements, 0 = a row as cached
     uint64_t slice;    // floats of scratch per job and head
     int32_t  k_type;
     int32_t  policy;
@@ -73,6 +76,9 @@ struct rkv_metal_score_args {
     float    scale;
     float    softcap;
     float    rope_unit; // 1/mscale
+    int32_t  v_type;
+    int32_t  n_embd_v;
+    float    value_weight;
 };
 
 struct rkv_metal_select_args {

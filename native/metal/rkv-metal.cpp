@@ -19,6 +19,7 @@ static_assert(RKV_METAL_JOB_STREAM == RKV_JOB_STREAM && RKV_METAL_JOB_BEGIN == R
     RKV_METAL_JOB_PIN == RKV_JOB_PIN, "rkv-ops.h has changed");
 static_assert(RKV_METAL_POLICY_RKV == RKV_POLICY_RKV && RKV_METAL_POLICY_SNAPKV == RKV_POLICY_SNAPKV &&
     RKV_METAL_POLICY_STREAMING == RKV_POLICY_STREAMING && RKV_METAL_POLICY_LATEST == RKV_POLICY_LATEST, "rkv-policy.h has changed");
+static_assert(RKV_METAL_LOGISTIC_SCALE == RKV_LOGISTIC_SCALE && RKV_METAL_LEAST_VARIANCE == RKV_LEAST_VARIANCE, "rkv-ops.h has changed");
 static_assert(RKV_METAL_FLAG_REFERENCE == RKV_FLAG_REFERENCE && RKV_METAL_FLAG_ROPE_NEOX == RKV_FLAG_ROPE_NEOX &&
     RKV_METAL_ROPE_LO == RKV_ROPE_LO && RKV_METAL_MAX_SIM == RKV_MAX_AUX, "rkv-ops.h has changed");
 
@@ -51,8 +52,9 @@ static int key_type(ggml_type type) {
 }
 
 static bool supports_score(const ggml_tensor * op, const rkv_op_params & par) {
-    return par.policy > RKV_POLICY_NONE && par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f && par.value_weight == 0.0f && rkv_score_is_sane(op, &par) &&
+    return par.policy > RKV_POLICY_NONE && par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f && rkv_score_is_sane(op, &par) &&
         key_type(op->src[0]->type) >= 0 && op->src[0]->ne[0]/par.n_head_kv <= MAX_HEAD &&
+        (!rkv_needs_values(&par) || (key_type(op->src[7]->type) >= 0 && op->src[7]->ne[0] <= MAX_HEAD)) &&
         (par.policy != RKV_POLICY_LATEST || (op->src[4] && par.n_sim <= RKV_METAL_MAX_SIM));
 }
 
@@ -243,6 +245,18 @@ static void encode_score(launcher & launch, ggml_tensor * op, const rkv_op_param
             block_size(n_row, args.nsg), blocks(n_cells, n_row), n_head, n_jobs, args.nsg*RKV_METAL_SIMD);
     }
     launch("kernel_rkv_score", args, { bj, streaming ? dst : scratch, dst }, reduce, 1, n_head, n_jobs, RKV_METAL_THREADS);
+    if (rkv_needs_values(&par)) {
+        const ggml_tensor * v = op->src[7];
+        args.v_el         = v->nb[0] == ggml_type_size(v->type) ? 0 : v->nb[0];
+        args.v_cell       = v->nb[1];
+        args.v_head       = v->nb[2];
+        args.v_stream     = v->nb[3];
+        args.v_type       = key_type(v->type);
+        args.n_embd_v     = v->ne[0];
+        args.value_weight = par.value_weight;
+        launch("kernel_rkv_values", args, { buffer_of(v), bj, scratch, dst }, reduce + v->ne[0]*sizeof(float),
+            1, n_head, n_jobs, RKV_METAL_THREADS);
+    }
 }
 
 static void encode_select(launcher & launch, ggml_tensor * op, const rkv_op_params & par) {

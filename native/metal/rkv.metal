@@ -736,6 +736,93 @@ kernel void kernel_rkv_score(
 }
 
 //
+// `latest`: how far values are from their mean, added to the score of the keys; grid: 1, heads, jobs
+//
+
+static inline float rkv_element(device const char * src, int type, int i) {
+    switch (type) {
+        case RKV_METAL_TYPE_F32:  return ((device const float *) src)[i];
+        case RKV_METAL_TYPE_F16:  return (float) ((device const half *) src)[i];
+        case RKV_METAL_TYPE_BF16: return as_type<float>((uint) ((device const uint16_t *) src)[i] << 16);
+        default:                  return rkv_dequantize(src, type, i);
+    }
+}
+
+// a rotation of the cache's values does not change distances: it is not undone
+static inline float rkv_value(constant rkv_metal_score_args & args, device const char * cell, int i) {
+    return args.v_el == 0 ? rkv_element(cell, args.v_type, i) : rkv_element(cell + i*args.v_el, args.v_type, 0);
+}
+
+// x brought to shares of a logistic distribution: its mean, and 1/deviation
+static inline float2 rkv_spread(device const float * x, int n, threadgroup float * shmem, int nsg, ushort tiitg, ushort lane, ushort sg) {
+    float total = 0.0f;
+    for (int j = tiitg; j < n; j += RKV_METAL_THREADS) {
+        total += x[j];
+    }
+    const float mean = rkv_group_sum(total, shmem, nsg, lane, sg)/n;
+    float sq = 0.0f;
+    for (int j = tiitg; j < n; j += RKV_METAL_THREADS) {
+        sq += (x[j] - mean)*(x[j] - mean);
+    }
+    return float2(mean, 1.0f/precise::sqrt(rkv_group_sum(sq, shmem, nsg, lane, sg)/n + RKV_METAL_LEAST_VARIANCE));
+}
+
+static inline float rkv_logistic(float x, float2 spread) {
+    const float t = RKV_METAL_LOGISTIC_SCALE*(x - spread.x)*spread.y;
+    const float e = precise::exp(-fabs(t));
+    return (t < 0.0f ? e : 1.0f)/(1.0f + e);
+}
+
+// shmem: a float for each simdgroup, then [n_embd_v]
+kernel void kernel_rkv_values(
+        constant rkv_metal_score_args & args,
+        device const char  * v,
+        device const char  * jobs,
+        device       float * scratch,
+        device       char  * dst,
+        threadgroup  float * shmem [[threadgroup(0)]],
+        uint3  tgpig[[threadgroup_position_in_grid]],
+        ushort tiitg[[thread_index_in_threadgroup]],
+        ushort lane[[thread_index_in_simdgroup]],
+        ushort sg[[simdgroup_index_in_threadgroup]]) {
+    const int nsg = RKV_METAL_THREADS/RKV_METAL_SIMD;
+    const rkv_job     job = rkv_read_job(jobs, args.job_size, args.window, tgpig[2]);
+    const rkv_scratch s   = rkv_scratch_of(args, scratch, tgpig[1], tgpig[2]);
+    if (job.n_cand == 0) {
+        return;
+    }
+    device float * z = (device float *) (dst + tgpig[1]*args.z_head + tgpig[2]*args.z_job);
+    device const char * cells = v + job.stream*args.v_stream + job.begin*args.v_cell + tgpig[1]*args.v_head;
+    threadgroup float * mean = shmem + nsg;
+
+    for (int i = tiitg; i < args.n_embd_v; i += RKV_METAL_THREADS) {
+        float total = 0.0f;
+        for (int j = 0; j < job.n; ++j) {
+            total += rkv_value(args, cells + j*args.v_cell, i);
+        }
+        mean[i] = total/job.n;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int j = sg; j < job.n_cand; j += nsg) {
+        float sq = 0.0f;
+        for (int i = lane; i < args.n_embd_v; i += RKV_METAL_SIMD) {
+            const float d = rkv_value(args, cells + j*args.v_cell, i) - mean[i];
+            sq += d*d;
+        }
+        sq = simd_sum(sq);
+        if (lane == 0) {
+            s.mean[j] = precise::sqrt(sq); // the importance has been used
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_device);
+    const float2 of_keys   = rkv_spread(z, job.n_cand, shmem, nsg, tiitg, lane, sg);
+    const float2 of_values = rkv_spread(s.mean, job.n_cand, shmem, nsg, tiitg, lane, sg);
+    for (int j = tiitg; j < job.n_cand; j += RKV_METAL_THREADS) {
+        z[j] = rkv_logistic(z[j], of_keys) + args.value_weight*rkv_logistic(s.mean[j], of_values);
+    }
+}
+
+//
 // selection: the n_top highest by bisection over the scores' bits, then written in order; grid: 1, heads, jobs
 //
 

@@ -418,7 +418,7 @@ const std::vector<rkv_case> & rkv_cases() {
     return cases;
 }
 
-bool rkv_case_is_optional(const rkv_case & c) { return c.policy > RKV_POLICY_LATEST || c.memory > 0.0f || c.value_weight > 0.0f; }
+bool rkv_case_is_optional(const rkv_case & c) { return c.policy > RKV_POLICY_LATEST || c.memory > 0.0f; }
 
 rkv_op_params rkv_case_params(const rkv_case & c) {
     rkv_op_params p = {};

@@ -40,6 +40,8 @@ struct { const char * name; emulator_kernel run; } const kernels[] = {
         (const float *) b.buffers[5], (float *) b.buffers[6], b.shared, group_of(t), t.lane, t.simdgroup); } },
     { "kernel_rkv_score", [](B b, T t) { kernel_rkv_score(score_args(b), b.buffers[1], (float *) b.buffers[2], b.buffers[3],
         b.shared, group_of(t), t.index, t.lane, t.simdgroup); } },
+    { "kernel_rkv_values", [](B b, T t) { kernel_rkv_values(score_args(b), b.buffers[1], b.buffers[2], (float *) b.buffers[3],
+        b.buffers[4], b.shared, group_of(t), t.index, t.lane, t.simdgroup); } },
     { "kernel_rkv_select", [](B b, T t) { kernel_rkv_select(args_of<rkv_metal_select_args>(b), b.buffers[1], b.buffers[2],
         b.buffers[3], (uint *) b.shared, group_of(t), t.index, t.lane, t.simdgroup); } },
     { "kernel_rkv_compact_4", [](B b, T t) { kernel_rkv_compact_4(args_of<rkv_metal_compact_args>(b), (uint32_t *) b.buffers[1],

@@ -328,7 +328,7 @@ bool rkv_end_init() {
         return rkv_set_error("the policy %s is not supported here: the model changes its keys after RoPE, which cannot be undone; "
             "rkv is (--kv-policy rkv)", rkv_policy_name(policy));
     }
-    if ((policy == RKV_POLICY_VALUE_AWARE || policy == RKV_POLICY_LAGKV) && !done->cache->all_values()) {
+    if (rkv_is_of_values(policy) && !done->cache->all_values()) {
         return rkv_set_error("the policy %s is not supported here: the model caches no values of their own (MLA)", rkv_policy_name(policy));
     }
     return done->cache->check_devices();

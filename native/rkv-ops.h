@@ -95,8 +95,10 @@ static inline int64_t rkv_n_stats(const struct rkv_op_params * par, int64_t n_em
     return par->policy == RKV_POLICY_TRIATTENTION ? n_embd + n_embd/2 + 1 : 0;
 }
 
+// policies that cannot do without values, and whether a pass looks at them
+static inline bool rkv_is_of_values(int32_t policy) { return policy == RKV_POLICY_VALUE_AWARE || policy == RKV_POLICY_LAGKV; }
 static inline bool rkv_needs_values(const struct rkv_op_params * par) {
-    return par->policy == RKV_POLICY_VALUE_AWARE || par->policy == RKV_POLICY_LAGKV || (par->policy == RKV_POLICY_LATEST && par->value_weight > 0.0f);
+    return rkv_is_of_values(par->policy) || (par->policy == RKV_POLICY_LATEST && par->value_weight > 0.0f);
 }
 static inline bool rkv_needs_rope  (int32_t policy) { return policy == RKV_POLICY_LATEST || policy == RKV_POLICY_TRIATTENTION; }
 

@@ -225,6 +225,11 @@ class KVBudget:
         """First tokens that are never evicted where no prompt has been seen."""
         return min(_SINKS, self.budget - self.window - 1) if isinstance(self.pin, str) else self.pin
 
+    @property
+    def n_recent(self) -> int:
+        """The most recent tokens that a layer with room for them always keeps: `recent`, or the window."""
+        return max(self.recent, self.window)
+
     def recent_of(self, budget: int) -> int:
         """The most recent tokens that a layer of so many cells always keeps; rpc: those of the narrowest."""
         return max(self.window, min(self.recent, budget // 2, budget - self.n_pin - 1))

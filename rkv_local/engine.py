@@ -227,8 +227,7 @@ class Llama(llama_cpp.Llama):
         if self.kv is None or not self._active:
             return KVStats("none", 0, 0, 0, 0, 0, **counts)
         kv = self.kv
-        recent = max(kv.recent, kv.window)
-        return KVStats(kv.policy, kv.budget, kv.buffer, kv.window, recent, kv.pin, **counts)
+        return KVStats(kv.policy, kv.budget, kv.buffer, kv.window, kv.n_recent, kv.pin, **counts)
 
     def kv_used(self, seq_id: int = 0) -> int:
         """Cells in use by a sequence in the widest layer. Raises IndexError on a bad sequence."""

@@ -128,15 +128,13 @@ def whole(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     most: dict[str, int] = {}  # of texts
     for r in rows:
         most[task(r)] = max(most.get(task(r), 0), size(r))
-    return [
-        r
-        for r in rows
-        if (
-            r["problems"] in (BASE, full.get(task(r)))
-            if r["task"].get("kind") in KINDS
-            else size(r) == most[task(r)]
-        )
-    ]
+
+    def is_whole(row: dict[str, Any]) -> bool:
+        if row["task"].get("kind") not in KINDS:
+            return size(row) == most[task(row)]
+        return row["problems"] == BASE or row["problems"] >= full.get(task(row), BASE)
+
+    return [row for row in rows if is_whole(row)]
 
 
 def size(row: dict[str, Any]) -> int:

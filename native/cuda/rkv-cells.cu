@@ -22,9 +22,9 @@ static cell_rows keys_of(const rkv_cuda_score_args & a) {
     return { a.k, 0, a.k_cell, a.k_head, a.k_stream, a.type_k, a.n_embd, a.par.n_hadamard };
 }
 
-static cell_rows values_of(const rkv_cuda_score_args & a, int n_hadamard) {
+static cell_rows values_of(const rkv_cuda_score_args & a) {
     const int64_t el = a.v_el == (int64_t) ggml_type_size((ggml_type) a.type_v) ? 0 : a.v_el;
-    return { a.v, el, a.v_cell, a.v_head, a.v_stream, a.type_v, a.n_embd_v, n_hadamard };
+    return { a.v, el, a.v_cell, a.v_head, a.v_stream, a.type_v, a.n_embd_v, a.par.n_hadamard_v };
 }
 
 // without the cache's Hadamard rotation; 0 beyond the row's end
@@ -87,7 +87,7 @@ static __global__ void __launch_bounds__(CELL_WARPS*WARP_SIZE) rkv_lengths(const
 void rkv_cuda_lengths(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
     const dim3 grid(s.n_tile, a.n_head_kv, n_jobs), block(WARP_SIZE, CELL_WARPS);
     with_row(a.type_v, a.n_embd_v, [&](auto type, auto np) {
-        rkv_lengths<decltype(type)::value, decltype(np)::value><<<grid, block, 0, stream>>>(a, s, values_of(a, a.par.n_hadamard_v));
+        rkv_lengths<decltype(type)::value, decltype(np)::value><<<grid, block, 0, stream>>>(a, s, values_of(a));
     });
 }
 
@@ -144,6 +144,10 @@ static __global__ void __launch_bounds__(REDUCE_WARPS*WARP_SIZE) rkv_add_values(
         }
     }
     __syncthreads();
+    for (int e = tid; e < 64*NP; e += REDUCE_WARPS*WARP_SIZE) {
+        mean[e] /= n;
+    }
+    __syncthreads();
     float * z   = a.dst  + (s.job0 + blockIdx.y)*a.dst_job + head*a.dst_head;
     float * far = s.mean + (int64_t) (blockIdx.y*a.n_head_kv + head)*s.n_pad;
     for (int j = warp; j < n_cand; j += REDUCE_WARPS) {
@@ -151,7 +155,7 @@ static __global__ void __launch_bounds__(REDUCE_WARPS*WARP_SIZE) rkv_add_values(
         float sq = 0.0f;
 #pragma unroll
         for (int p = 0; p < NP; ++p) {
-            const float dx = x[p].x - mean[2*lane + 64*p]/n, dy = x[p].y - mean[2*lane + 64*p + 1]/n;
+            const float dx = x[p].x - mean[2*lane + 64*p], dy = x[p].y - mean[2*lane + 64*p + 1];
             sq += dx*dx + dy*dy; // 0 beyond the row's end
         }
         sq = warp_reduce_sum(sq);
@@ -172,8 +176,10 @@ static __global__ void __launch_bounds__(REDUCE_WARPS*WARP_SIZE) rkv_add_values(
 
 void rkv_cuda_add_values(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int n_jobs, cudaStream_t stream) {
     const dim3 grid(a.n_head_kv, n_jobs), block(WARP_SIZE, REDUCE_WARPS);
-    with_row(a.type_v, a.n_embd_v, [&](auto type, auto np) {
-        rkv_add_values<decltype(type)::value, decltype(np)::value><<<grid, block, 0, stream>>>(a, s, values_of(a, 0)); // a rotation keeps distances
+    cell_rows rows  = values_of(a);
+    rows.n_hadamard = 0; // a rotation keeps distances
+    with_row(rows.type, rows.n_embd, [&](auto type, auto np) {
+        rkv_add_values<decltype(type)::value, decltype(np)::value><<<grid, block, 0, stream>>>(a, s, rows);
     });
 }
 
@@ -263,7 +269,7 @@ void rkv_cuda_lag(const rkv_cuda_score_args & a, const rkv_cuda_scratch & s, int
     const int n_chunk = std::max(1, (int) a.par.chunk);
     const dim3 grid(std::clamp(a.n_cells/n_chunk, 4, 256), a.n_head_kv, n_jobs), block(WARP_SIZE, CELL_WARPS);
     for (const bool of_values : { false, true }) {
-        const cell_rows rows = of_values ? values_of(a, a.par.n_hadamard_v) : keys_of(a);
+        const cell_rows rows = of_values ? values_of(a) : keys_of(a);
         with_row(rows.type, rows.n_embd, [&](auto type, auto np) {
             rkv_lag<decltype(type)::value, decltype(np)::value><<<grid, block, sizeof(float)*2*CELL_WARPS*rows.n_embd, stream>>>(
                 a, s, rows, of_values ? s.mean : s.m);

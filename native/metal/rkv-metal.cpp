@@ -36,7 +36,7 @@ static rkv_op_params params_of(const ggml_tensor * op) {
     return par;
 }
 
-static int key_type(ggml_type type) {
+static int cached_type(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F32:    return RKV_METAL_TYPE_F32;
         case GGML_TYPE_F16:    return RKV_METAL_TYPE_F16;
@@ -53,8 +53,8 @@ static int key_type(ggml_type type) {
 
 static bool supports_score(const ggml_tensor * op, const rkv_op_params & par) {
     return par.policy > RKV_POLICY_NONE && par.policy <= RKV_POLICY_LATEST && par.memory == 0.0f && rkv_score_is_sane(op, &par) &&
-        key_type(op->src[0]->type) >= 0 && op->src[0]->ne[0]/par.n_head_kv <= MAX_HEAD &&
-        (!rkv_needs_values(&par) || (key_type(op->src[7]->type) >= 0 && op->src[7]->ne[0] <= MAX_HEAD)) &&
+        cached_type(op->src[0]->type) >= 0 && op->src[0]->ne[0]/par.n_head_kv <= MAX_HEAD &&
+        (!rkv_needs_values(&par) || (cached_type(op->src[7]->type) >= 0 && op->src[7]->ne[0] <= MAX_HEAD)) &&
         (par.policy != RKV_POLICY_LATEST || (op->src[4] && par.n_sim <= RKV_METAL_MAX_SIM));
 }
 
@@ -174,7 +174,7 @@ static void encode_score(launcher & launch, ggml_tensor * op, const rkv_op_param
     args.z_head     = op->nb[1];
     args.z_job      = op->nb[2];
     args.slice      = slice_size(op, par);
-    args.k_type     = key_type(k->type);
+    args.k_type     = cached_type(k->type);
     args.policy     = par.policy;
     args.flags      = par.flags;
     args.n_head_kv  = par.n_head_kv;
@@ -251,7 +251,7 @@ static void encode_score(launcher & launch, ggml_tensor * op, const rkv_op_param
         args.v_cell       = v->nb[1];
         args.v_head       = v->nb[2];
         args.v_stream     = v->nb[3];
-        args.v_type       = key_type(v->type);
+        args.v_type       = cached_type(v->type);
         args.n_embd_v     = v->ne[0];
         args.value_weight = par.value_weight;
         launch("kernel_rkv_values", args, { buffer_of(v), bj, scratch, dst }, reduce + v->ne[0]*sizeof(float),

@@ -357,6 +357,11 @@ def ask(tmp_path: Path, n: int = 3) -> str:
     return str(file)
 
 
+def asked(tmp_path: Path, limit: int, n: int = 3) -> tuple[str, ...]:
+    """A task of n questions with answers of so many tokens."""
+    return ("jsonl", ask(tmp_path, n), "--compare", "text", "-m", str(talker()), "-n", str(limit))
+
+
 def evaluate(*args: str) -> list[dict[str, Any]]:
     result = invoke("eval", *args, "--json")
     assert result.exit_code == 0, result.output
@@ -366,19 +371,7 @@ def evaluate(*args: str) -> list[dict[str, Any]]:
 
 
 def test_a_weight_of_values_is_for_the_policy_that_has_one(tmp_path: Path) -> None:
-    args = (
-        "jsonl",
-        ask(tmp_path),
-        "--compare",
-        "text",
-        "-m",
-        str(talker()),
-        "-n",
-        "8",
-        *TINY,
-        "--kv-budget",
-        "24",
-    )
+    args = (*asked(tmp_path, 8), *TINY)
     rows = evaluate(*args, "--kv-policy", "none,latest,rkv", "--kv-value-weight", "0.3")
     assert [r["policy"] for r in rows] == ["full", "latest", "rkv"]
     assert [r["kv"] and r["kv"].get("value_weight") for r in rows] == [None, 0.3, None]
@@ -395,7 +388,7 @@ def test_a_weight_of_values_is_for_the_policy_that_has_one(tmp_path: Path) -> No
 def test_policies_budgets_and_variations(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     args = (
-        "jsonl", ask(tmp_path), "--compare", "text", "-m", str(talker()), "-n", "40", *TINY,
+        *asked(tmp_path, 40), *TINY,
         "--kv-policy", "none,rkv,snapkv", "--kv-budget", "100%,24", "--kv-set", "lam=0.1,0.5", "-o", str(out),
     )  # fmt: skip
     rows = evaluate(*args)
@@ -407,14 +400,12 @@ def test_policies_budgets_and_variations(tmp_path: Path) -> None:
     size = out.stat().st_size
     assert evaluate(*args) == rows
     assert out.stat().st_size == size  # nothing was run again
-    more = (
-        evaluate(*args[:-2], "-o", str(out), "--split", "x")[:0] if False else evaluate(*args, "-ctk", "q8_0")
-    )
+    more = evaluate(*args, "-ctk", "q8_0")
     assert {r["type_k"] for r in more} == {"q8_0"} and out.stat().st_size > size
 
 
 def test_a_share_that_is_too_small_is_left_out_with_a_word(tmp_path: Path) -> None:
-    args = ("jsonl", ask(tmp_path), "--compare", "text", "-m", str(talker()), "-n", "40")
+    args = asked(tmp_path, 40)
     result = invoke(
         "eval", *args, "--kv-buffer", "8", "--kv-policy", "rkv", "--kv-budget", "10%,100%", "--json"
     )
@@ -449,19 +440,7 @@ def test_needles_and_kl(tmp_path: Path) -> None:
 
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, page = tmp_path / "r.jsonl", tmp_path / "page.md"
-    args = (
-        "jsonl",
-        ask(tmp_path),
-        "--compare",
-        "text",
-        "-m",
-        str(talker()),
-        "-n",
-        "8",
-        *TINY,
-        "-o",
-        str(out),
-    )
+    args = (*asked(tmp_path, 8), *TINY, "-o", str(out))
     table = invoke("eval", *args).stdout
     assert table.startswith("questions.jsonl: talker.gguf\n\n| policy")
     result = invoke("eval", "report", str(out), "-o", str(page))
@@ -483,7 +462,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
-    args = ("eval", "jsonl", ask(tmp_path, 400), "--compare", "text", "-m", str(talker()), "-n", "300", *TINY)
+    args = ("eval", *asked(tmp_path, 300, 400), *TINY)
     process = start(*args, "-np", "2", "-o", str(out))
     try:
         deadline = time.monotonic() + 60

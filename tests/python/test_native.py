@@ -74,14 +74,9 @@ def test_policies_defaults_and_checks_are_the_librarys() -> None:
     assert "0.3.36" in _native.build_info()
     ours, theirs = _native.params(KVBudget(batch=1)), _native.default_params()
     ours.n_batch_seq = theirs.n_batch_seq
+    policys_own = ("layer_budgets", "memory", "chunk", "recent", "value_weight")
     for name, *_ in ours._fields_:
-        if name not in (
-            "layer_budgets",
-            "memory",
-            "chunk",
-            "recent",
-            "value_weight",
-        ):  # those say "the policy's own"
+        if name not in policys_own:
             assert getattr(ours, name) == getattr(theirs, name), name
     bad: list[tuple[str, Any]] = [
         ("policy", 14), ("policy", -1), ("budget", 0), ("buffer", 0), ("window", 0), ("window", 65),

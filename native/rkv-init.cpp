@@ -21,7 +21,8 @@
 
 // docs/design.md
 static constexpr uint32_t LATEST_RECENT = 96;
-static constexpr float    LATEST_VALUE_WEIGHT = 0.0f;
+static constexpr uint32_t LATEST_N_SIM  = 2;
+static constexpr float    LATEST_VALUE_WEIGHT = 0.5f;
 
 static thread_local std::string last_error;
 static thread_local std::unique_ptr<rkv_pending> pending;
@@ -50,7 +51,6 @@ rkv_params rkv_default_params() {
     p.pool      = 7;
     p.lambda    = 0.1f;
     p.threshold = 0.5f;
-    p.n_sim     = 1;
     p.memory    = -1.0f;
     p.growth    = 4;
     p.value_share = 0.1f;
@@ -69,7 +69,7 @@ rkv_op_params rkv_policy_op(const rkv_params & p) {
     op.policy      = p.policy;
     op.window      = p.window;
     op.pool        = p.pool;
-    op.n_sim       = p.n_sim;
+    op.n_sim       = p.n_sim > 0 ? p.n_sim : p.policy == RKV_POLICY_LATEST ? LATEST_N_SIM : 1;
     op.flags       = p.reference ? RKV_FLAG_REFERENCE : 0;
     op.chunk       = p.chunk > 0 ? p.chunk : p.policy == RKV_POLICY_LAGKV ? 128 : 10;
     op.lambda      = p.lambda;
@@ -127,8 +127,8 @@ bool rkv_params_check(const rkv_params * params) {
     if (!(p.threshold >= -1.0f && p.threshold <= 1.0f)) {
         return rkv_set_error("threshold must be a cosine, -1 to 1, not %g", p.threshold);
     }
-    if (p.n_sim < 1 || p.n_sim > RKV_MAX_AUX) {
-        return rkv_set_error("n_sim must be 1 to %d, not %u", RKV_MAX_AUX, p.n_sim);
+    if (p.n_sim > RKV_MAX_AUX) {
+        return rkv_set_error("n_sim must be 1 to %d, or 0 for the policy's own, not %u", RKV_MAX_AUX, p.n_sim);
     }
     if (!(p.memory <= 1.0f)) {
         return rkv_set_error("memory must be 0 to 1, or negative for the policy's own, not %g", p.memory);

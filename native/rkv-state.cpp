@@ -203,7 +203,7 @@ std::vector<std::pair<std::string, std::string>> rkv_cache::state_traits() const
     add("pool",        std::to_string(params.pool));
     add("lambda",      number(params.lambda));
     add("threshold",   number(params.threshold));
-    add("n_sim",       std::to_string(params.n_sim));
+    add("n_sim",       std::to_string(op.n_sim));
     add("memory",      number(op.memory));
     add("chunk",       std::to_string(op.chunk));
     add("growth",      std::to_string(params.growth));

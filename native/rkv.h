@@ -34,7 +34,7 @@ struct rkv_params {
     uint32_t pool;        // width of the max-pool over importance: odd, 1 = none
     float    lambda;      // 0..1
     float    threshold;   // T: cosine above which two keys count as copies, -1..1
-    uint32_t n_sim;       // `latest`: how many of the highest similarities are averaged, 1..4
+    uint32_t n_sim;       // `latest`: how many of the highest similarities are averaged, 1..4; 0 = the policy's own, 2
     float    memory;      // 0..1: importance is max(memory * what was stored with the cell, new); gkv, and rkv, snapkv, latest.
                           // 0 = none; negative = the policy's own, 0.8 for gkv and none for the others
     uint32_t chunk;       // chunkkv: adjacent cells that are kept or dropped together; lagkv: cells of a chunk. 0 = the policy's
@@ -44,7 +44,7 @@ struct rkv_params {
     uint32_t growth;      // rpc: of the tokens of each buffer one in `growth` is kept, until the budget is reached; 1 = all
     float    value_share; // value-aware: the share of the cells that are kept for the length of their values, 0..1
     float    value_weight; // latest: of how far a value is from the mean value, beside the score of its key; 0 = none, negative =
-                          // the policy's own
+                          // the policy's own, 0.5
     uint32_t seed;        // value-aware: of its samples
     bool     shared_heads; // one set of cells for all layers and heads, by the mean of their normalised scores; to compare with
     bool     reference;   // `rkv`: a key without a copy zeroes column 0, as the authors' code does
@@ -55,7 +55,7 @@ struct rkv_params {
     uint32_t       n_layer_budgets;
 };
 
-// latest, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5, n_sim 1; memory, chunk, recent and value_weight the
+// latest, 1024 + 128 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5; n_sim, memory, chunk, recent and value_weight the
 // policy's own, growth 4, value_share 0.1, seed 0. The papers' other values are up to the caller: gkv lambda 0.5 and pool 1, rpc window
 // 32 and the prompt pinned, chunkkv pool 1.
 LLAMA_API struct rkv_params rkv_default_params(void);

@@ -23,7 +23,7 @@ POLICIES: dict[str, str] = {
     "snapkv": "what the last tokens attend to: Z = I (SnapKV, arXiv 2404.14469)",
     "streaming": "the pinned first tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)",
     "latest": "the latest copy, keys compared without their rotation: "
-    "Z = lam*I/max(I) - (1 - lam)*L (docs/design.md, section 2)",
+    "Z = lam*I/max(I) - (1 - lam)*L, and by how far values are from their mean (docs/design.md, section 2)",
     "h2o": "what all windows so far attended to, added up (H2O, arXiv 2306.14048)",
     "gkv": "what any window attended to, fading, and not redundant: "
     "Z = lam*F - (1 - lam)*R/max(R), F = max(0.8*F, I/max(I)) (G-KV, arXiv 2512.00504)",
@@ -39,15 +39,14 @@ POLICIES: dict[str, str] = {
 
 # What a policy takes where nothing else is said, beside the defaults of KVBudget.
 POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "latest": {"recent": 96},
+    "latest": {"recent": 96, "n_sim": 2, "value_weight": 0.5},
     "gkv": {"lam": 0.5, "pool": 1, "memory": 0.8},
     "rpc": {"window": 32, "pin": "prompt"},
     "chunkkv": {"pool": 1, "chunk": 10},
     "lagkv": {"chunk": 128},
 }
 _DEFAULTS: dict[str, Any] = {"window": 8, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
-_DEFAULTS["recent"] = 0  # the window
-_DEFAULTS["value_weight"] = 0.0
+_DEFAULTS |= {"recent": 0, "n_sim": 1, "value_weight": 0.0}  # recent: the window
 _OWN: Any = None  # the policy's own default
 
 SCHEDULES: dict[str, str] = {
@@ -77,7 +76,8 @@ class KVBudget:
         budget: B, cells that a sequence keeps after a compaction; window and pinned cells are inside it.
         buffer: S, tokens admitted between two compactions.
         window: the most recent tokens, always kept; their queries judge importance (1 to 64). Like recent,
-            lam, pin, pool, memory and chunk it has a default of its own under some policies: POLICY_DEFAULTS.
+            lam, pin, pool, n_sim, memory, chunk and value_weight it has a default of its own under some
+            policies: POLICY_DEFAULTS.
         policy: a key of POLICIES.
         recent: the most recent tokens that are kept whatever their score, the window among them; in each
             layer at most half of its budget, but at least the window. 0: the window; at most 4096.
@@ -113,7 +113,7 @@ class KVBudget:
     pin: int | str = _OWN
     pool: int = _OWN
     threshold: float = 0.5
-    n_sim: int = 1
+    n_sim: int = _OWN
     memory: float = _OWN
     chunk: int = _OWN
     growth: int = 4

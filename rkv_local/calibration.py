@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "rkv-local calibration", 2
 _HEAD, _CHUNK, _CHUNKS = 4 << 20, 1 << 16, 64  # bytes of a model that its fingerprint is made of
-_FLOOR = 3  # no layer gets less than this part of the budget
+_FLOOR = 2, 3  # no layer gets less than two thirds of the budget
 
 Curve = tuple[float | None, ...]
 
@@ -128,7 +128,7 @@ def allocate(
 ) -> list[int]:
     """Cells of each layer for the least sum of the layers' damages; they sum to len(damage) * budget.
 
-    Damages are taken to add up. Each layer has max(least, budget // 3); the other cells go one after the
+    Damages are taken to add up. Each layer has max(least, 2 * budget // 3); the other cells go one after the
     other where they lessen damage most. Between two sizes damage is linear, below the first and above the
     last one constant; each layer's curve is made falling and convex first. What helps nowhere is dealt out
     evenly.
@@ -137,7 +137,7 @@ def allocate(
     Args:
         sizes, damage: as in Calibration. budget: mean of a layer; at least `least`, which every layer needs.
     """
-    floor = max(least, budget // _FLOOR)
+    floor = max(least, _FLOOR[0] * budget // _FLOOR[1])
     sharing = [i for i, curve in enumerate(damage) if curve is not None]
     cells = [budget if curve is None else floor for curve in damage]
     pieces = [piece for i in sharing for piece in _pieces(i, sizes, damage[i] or (), floor)]

@@ -213,7 +213,7 @@ def cache_options(*without: str) -> Decorator:
         "kv_value_weight": opt(
             "--kv-value-weight",
             "latest: weight of how far a token's value is from the mean value, beside the score of its key "
-            "(default: 0, none).",
+            "(default: 0.5; 0: none).",
             SHARE,
             metavar="X",
         ),

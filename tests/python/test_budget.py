@@ -25,17 +25,17 @@ SIZES: dict[str, int | float] = {
     "window": 8,
     "pin": 4,
     "pool": 7,
-    "n_sim": 1,
     "lam": 0.1,
     "threshold": 0.5,
 }
 
 
-@pytest.mark.parametrize(("policy", "recent"), [("rkv", 0), ("latest", 96)])
-def test_sizes_are_the_published_ones(policy: str, recent: int) -> None:
+@pytest.mark.parametrize(("policy", "own"), [("rkv", (0, 1, 0.0)), ("latest", (96, 2, 0.5))])
+def test_sizes_are_the_published_ones(policy: str, own: tuple[int, int, float]) -> None:
     kv = KVBudget(policy=policy)
     assert {name: getattr(kv, name) for name in SIZES} == SIZES
-    assert (kv.recent, kv.reference, kv.batch, kv.layer_budgets) == (recent, False, None, None)
+    assert (kv.recent, kv.n_sim, kv.value_weight) == own
+    assert (kv.reference, kv.batch, kv.layer_budgets) == (False, None, None)
     assert KVBudget().policy == "latest"
 
 
@@ -228,13 +228,13 @@ def test_bytes_of_smollm2_by_hand() -> None:
 
 
 def test_bytes_of_stored_similarities() -> None:
-    rkv, one, three = (
+    rkv, usual, three = (
         KVBudget(budget=512, policy="rkv"),
         KVBudget(budget=512),
         KVBudget(budget=512, n_sim=3),
     )
     per_slot = 30 * 768 * 3 * 4
-    assert one.bytes_for(SMOL) - rkv.bytes_for(SMOL) == per_slot
+    assert usual.bytes_for(SMOL) - rkv.bytes_for(SMOL) == 2 * per_slot
     assert three.bytes_for(SMOL) - rkv.bytes_for(SMOL) == 3 * per_slot
 
 

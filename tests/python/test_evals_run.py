@@ -25,7 +25,7 @@ from rkv_local.evals.summary import summaries
 from rkv_local.evals.tasks import Group, Item, Task
 
 SMALL = KVBudget(budget=24, buffer=8, window=4, batch=16)
-BUDGETS = [None, SMALL, replace(SMALL, policy="streaming")]
+BUDGETS = [None, SMALL, replace(SMALL, policy="streaming", value_weight=None)]
 NAMES = ["full", "rkv", "streaming"]
 if hasattr(KVBudget, "prompt_pin"):  # until every branch has it
     BUDGETS.append(replace(SMALL, pin="prompt"))  # type: ignore[arg-type, unused-ignore]

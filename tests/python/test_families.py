@@ -328,7 +328,9 @@ def test_a_plan_is_what_a_llama_takes(
 ) -> None:
     path, setting = models[kind][1], dataclasses.replace(setting, n_ctx=2048, n_threads=1, n_threads_batch=1)
     if kind == "norm after RoPE" and setting.kv is not None:  # the default policy is refused
-        setting = dataclasses.replace(setting, kv=dataclasses.replace(setting.kv, policy="rkv"))
+        setting = dataclasses.replace(
+            setting, kv=dataclasses.replace(setting.kv, policy="rkv", value_weight=None)
+        )
     with Probe(path) as probe:
         measured = probe.measure(setting)
     with Llama(path, verbose=False, **setting.arguments()) as llama:

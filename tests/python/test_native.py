@@ -74,7 +74,7 @@ def test_policies_defaults_and_checks_are_the_librarys() -> None:
     assert "0.3.36" in _native.build_info()
     ours, theirs = _native.params(KVBudget(batch=1)), _native.default_params()
     ours.n_batch_seq = theirs.n_batch_seq
-    policys_own = ("layer_budgets", "memory", "chunk", "recent", "value_weight")
+    policys_own = ("layer_budgets", "n_sim", "memory", "chunk", "recent", "value_weight")
     for name, *_ in ours._fields_:
         if name not in policys_own:
             assert getattr(ours, name) == getattr(theirs, name), name
@@ -82,7 +82,7 @@ def test_policies_defaults_and_checks_are_the_librarys() -> None:
         ("policy", 14), ("policy", -1), ("budget", 0), ("buffer", 0), ("window", 0), ("window", 65),
         ("pin", 1016),
         ("pool", 0), ("pool", 8), ("lambda_", -0.1), ("lambda_", 1.1), ("lambda_", float("nan")),
-        ("threshold", 1.5), ("threshold", float("nan")), ("n_sim", 0), ("n_sim", 5),
+        ("threshold", 1.5), ("threshold", float("nan")), ("n_sim", 5),
         ("memory", 1.1), ("memory", float("nan")), ("chunk", 4097), ("recent", 4097), ("growth", 0),
         ("value_share", 1.1), ("value_weight", 1.1), ("value_weight", float("nan")),
     ]  # fmt: skip

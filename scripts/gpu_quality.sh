@@ -10,6 +10,8 @@
 # OUT        where results go (default: build/gpu-quality)
 # LIMIT      seconds from the start of the call until everything has to be done, build included (default: 560)
 # PROCS      processes for each GPU (default: 2: one alone leaves it idle half of the time)
+# MPS        yes: processes share a GPU at the same time, through NVIDIA's multi-process service, instead of in turns
+#            (16 processes on one H200 then did four times the tokens of 4)
 # GPUS       how many (default: all that nvidia-smi lists)
 # KNOWN      files of results (default: docs/quality/*.jsonl and .jsonl.gz)
 # N          problems of each kind (default: 400)
@@ -67,6 +69,12 @@ stages() {
     merge
 }
 
+if [ "${MPS:-no}" = yes ]; then
+    export CUDA_MPS_PIPE_DIRECTORY="$work/mps" CUDA_MPS_LOG_DIRECTORY="$work"
+    mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
+    nvidia-cuda-mps-control -d || exit 1
+    trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$work"' EXIT
+fi
 if [ "${1:-}" = build ]; then
     shift
     # in this call's OUT, so that its output comes back, too

@@ -31,7 +31,12 @@ ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 OWN_ABLATIONS: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     "rkv": (("threshold", (0.3, 0.7)), ("reference", (True,))),
-    "latest": (("recent", (8, 48, 192)), ("n_sim", (2, 4)), ("layer_budgets", ("pyramid",))),
+    "latest": (
+        ("recent", (8, 48, 192)),
+        ("n_sim", (1, 4)),
+        ("value_weight", (0.0, 0.25, 1.0)),
+        ("layer_budgets", ("pyramid",)),
+    ),
 }
 
 
@@ -120,6 +125,11 @@ def layers() -> Iterator[Job]:
             yield Job("", kind, OURS, percent, fields=(("layer_budgets", "uniform"),))
 
 
+def calibrated() -> Iterator[Job]:
+    """Every other policy with budgets by layer, as ours has them."""
+    return grid(OTHERS, PERCENT[:2], calibrated=True)
+
+
 def divergences() -> Iterator[Job]:
     """Over a long text: all policies, and the main ones with calibrated budgets by layer."""
     for policy in (*MAIN, *OTHERS):  # for this model a calibration lies elsewhere than beside it
@@ -141,6 +151,7 @@ STAGES = {
         lambda: grid(MAIN, PERCENT, fields=(("shared_heads", True),)),
     ),
     "layers": ("budgets by layer: R-KV with them, our policy without", layers),
+    "calibrated": ("every other policy with budgets by layer, at 25 and 16 %", calibrated),
     "policies": ("every other policy at 25 and 16 %", lambda: grid(OTHERS, PERCENT[:2])),
     "edges": ("the main policies at 5 and 54 %", lambda: grid(MAIN, EDGES)),
     "q8_0": ("a cache of q8_0: full, and the two main policies", quantised),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -42,6 +43,20 @@ def variant(kv: Row | None) -> str:
             shown = f"={value:g}" if isinstance(value, float) else f"={value}"
             words.append(_SHORT.get(name, name) + ("" if value is True else shown))
     return " ".join([str(kv["policy"]), *words])
+
+
+def rank(label: str) -> tuple[int, list[tuple[str, float, str]]]:
+    """What variants are sorted by: the default policy first, others as POLICIES has them, then parameters."""
+    policy, *words = label.split()
+    order = [BY_ITSELF, *(name for name in POLICIES if name != BY_ITSELF)]
+    parts = []
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            parts.append((name, float(value), ""))
+        except ValueError:
+            parts.append((name, math.inf, value))
+    return order.index(policy) if policy in order else len(order), parts
 
 
 @functools.cache
@@ -176,9 +191,9 @@ class Section:
         return [r for r in self.rows if (r["type_k"], r["type_v"]) == (type_k, type_v)]
 
     def variants(self) -> dict[str, set[tuple[int, float]]]:
-        """Budgets of every variant with f16 keys and values, in order of appearance."""
+        """Budgets of every variant with f16 keys and values, in the order of rank()."""
         seen: dict[str, set[tuple[int, float]]] = {}
-        for row in self.of_types():
+        for row in sorted(self.of_types(), key=lambda row: rank(row["variant"])):
             if row["kv"] is not None:
                 seen.setdefault(row["variant"], set()).add(column(row))
         return seen

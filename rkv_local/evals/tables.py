@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rkv_local.cli.ui import markdown_table
 
-from .summary import BUCKET, Row, Section, column
+from .summary import BUCKET, Row, Section, column, rank
 
 __all__ = ["accuracy", "kl_text", "main_variants", "pct", "section_tables", "title", "types"]
 
@@ -74,10 +74,11 @@ def heading(section: Section, col: tuple[int, float]) -> str:
 def main_variants(section: Section) -> list[str]:
     """Rows of the main table: each policy's base, and other settings measured at three budgets.
 
-    What has a table of its own (index sets shared by heads, calibrated layers) is not among them.
+    What has a table of its own (index sets shared by heads, calibrated layers) is not among them, unless its
+    policy's defaults were not measured.
     """
     seen = section.variants()
-    own = {label for label in seen if set(label.split()) & set(CONTRASTS)}
+    own = {label for label in seen if set(label.split()) & set(CONTRASTS) and label.partition(" ")[0] in seen}
     return [
         label
         for label, cols in seen.items()
@@ -210,12 +211,14 @@ def contrasts(section: Section) -> list[str]:
         for label in section.variants():
             if word not in label.split():
                 continue
-            lines = tables.setdefault(name, [])
             plain = policy = " ".join(part for part in label.split() if part != word)
             if word == "shared_heads" and f"{plain} layers=uniform" in section.variants():
                 plain += " layers=uniform"  # one index set has no budgets by layer
+            if plain not in section.variants():
+                continue
             with_word = line(section, label)
             without = [r if w else None for r, w in zip(line(section, plain), with_word, strict=True)]
+            lines = tables.setdefault(name, [])
             lines += [(f"{policy}: {usual}", without), (f"{policy}: {other}", with_word)]
     out = []
     for name, lines in tables.items():
@@ -240,7 +243,7 @@ def quantised(section: Section) -> list[str]:
             return f"{counted(section, row)} [{counted(section, same)}]"
 
         out += [f"Full cache: {beside(row)}." for row in rows if row["kv"] is None]
-        labels = dict.fromkeys(r["variant"] for r in rows if r["kv"] is not None)
+        labels = sorted({r["variant"] for r in rows if r["kv"] is not None}, key=rank)
         if labels:
             out.append(grid(section, [(label, line(section, label, rows)) for label in labels], beside))
     return out

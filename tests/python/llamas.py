@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ TEXT = "The history of the lighthouse keepers. " + " ".join(
 )
 
 MakeLlama = Callable[..., Llama]
+
+
+def under(kv: KVBudget, policy: str, **fields: Any) -> KVBudget:
+    """The same under another policy, with that policy's own weight of values."""
+    return replace(kv, **{"policy": policy, "value_weight": None, **fields})
 
 
 def open_llama(path: Path, **arguments: Any) -> Llama:

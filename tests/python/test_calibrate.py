@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli_tools import error_line, invoke, make_random_model, mute, smollm2, talker, terminal
+from llamas import under
 from rkv_local import KVBudget, Llama, _native, calibrate
 from rkv_local.calibration import Calibration, allocate, beside, fingerprint
 from rkv_local.evals import model as evals_model
@@ -301,7 +302,7 @@ def test_file_comes_back(calibrated: tuple[Path, Path, Calibration]) -> None:
 def test_budgets_in_use(calibrated: tuple[Path, Path, Calibration], make: Make) -> None:
     path, file, made = calibrated
     for where in ("calibrated", str(file)):
-        kv = replace(KV, policy="rkv", value_weight=None, layer_budgets=where)  # any policy
+        kv = under(KV, "rkv", layer_budgets=where)  # any policy
         assert kv.is_calibrated
         expected = allocate(SIZES, made.damage, 40, 8)
         assert expected == [48, 26, 46]
@@ -321,7 +322,7 @@ def test_the_default_policy_uses_what_lies_beside_the_model(
     assert usual.for_model(path).layer_budgets == (48, 26, 46)
     assert [_native.layer_of(make(usual, path).ctx, i).budget for i in range(LAYERS)] == [48, 26, 46]
     for other in (
-        replace(usual, policy="rkv", value_weight=None),
+        under(usual, "rkv"),
         replace(usual, layer_budgets="uniform"),
         replace(usual, shared_heads=True),
     ):

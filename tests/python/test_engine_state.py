@@ -18,7 +18,7 @@ import pytest
 from llama_cpp import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
-from llamas import SMALL, TEXT, MakeLlama, fresh, greedy
+from llamas import SMALL, TEXT, MakeLlama, fresh, greedy, under
 from rkv_local import KVBudget, Llama, RKVError, Session, _native
 from tiny_models import Shape, write_model
 
@@ -68,7 +68,7 @@ def continued(llama: Llama, n: int = 40) -> list[int]:
 
 @pytest.mark.parametrize("policy", ["rkv", "latest"])
 def test_state_continues_with_the_same_tokens(make_tiny: MakeTiny, policy: str) -> None:
-    kv = replace(TINY, policy=policy, value_weight=None)
+    kv = under(TINY, policy)
     llama, other = make_tiny(kv), make_tiny(kv)
     llama.eval(PROMPT)
     state = pickle.loads(pickle.dumps(llama.save_state()))
@@ -111,7 +111,7 @@ def test_a_state_of_another_budget_is_refused_and_nothing_changes(make_tiny: Mak
 def test_the_most_recent_tokens_stay(make_tiny: MakeTiny, policy: str) -> None:
     """In every head; of a layer half of its budget at most."""
     budgets = (30, 55, 48)
-    kv = replace(TINY, policy=policy, value_weight=None, recent=20, layer_budgets=budgets)
+    kv = under(TINY, policy, recent=20, layer_budgets=budgets)
     llama = make_tiny(kv)
     llama.eval(PROMPT)
     assert llama.kv_stats().compactions > 0
@@ -164,7 +164,7 @@ def test_what_a_policy_takes_unasked_is_the_same_on_both_sides(
 @pytest.mark.parametrize("policy", ["latest", "rkv", "streaming", "value-aware"])
 def test_the_window_is_recent_whatever_is_said(make_tiny: MakeTiny, policy: str) -> None:
     """0 and whatever is within the window make the same cache, whose states are the same."""
-    kv = replace(TINY, policy=policy, value_weight=None, recent=0)
+    kv = under(TINY, policy, recent=0)
     first = make_tiny(kv)
     first.eval(PROMPT)
     kept = [first.kv_kept(layer, head).tolist() for layer in range(3) for head in range(2)]
@@ -206,9 +206,7 @@ def test_a_pinned_prompt_leaves_room_for_the_most_recent_tokens(
 
 def test_a_growing_target_has_room_for_the_most_recent_tokens(make_tiny: MakeTiny) -> None:
     """rpc in layers of different budgets: none may keep more recent tokens than the target has room for."""
-    llama = make_tiny(
-        replace(TINY, policy="rpc", value_weight=None, pin=2, window=4, recent=40, layer_budgets=(20, 90, 90))
-    )
+    llama = make_tiny(under(TINY, "rpc", pin=2, window=4, recent=40, layer_budgets=(20, 90, 90)))
     llama.eval(PROMPT)
     assert llama.kv_stats().compactions > 1
     for layer, most in enumerate((20, 90, 90)):
@@ -220,9 +218,7 @@ def test_a_growing_target_has_room_for_the_most_recent_tokens(make_tiny: MakeTin
 @pytest.mark.parametrize("growth", [1, 4])
 def test_recent_tokens_while_the_target_of_rpc_grows(make_tiny: MakeTiny, growth: int) -> None:
     """As many in all layers as in the narrowest: a wide layer keeps no more cells at first than that one."""
-    llama = make_tiny(
-        replace(TINY, policy="rpc", value_weight=None, recent=90, growth=growth, layer_budgets=(200, 48, 48))
-    )
+    llama = make_tiny(under(TINY, "rpc", recent=90, growth=growth, layer_budgets=(200, 48, 48)))
     llama.eval(PROMPT)
     assert llama.kv_stats().compactions > 0
     for layer in range(3):
@@ -365,11 +361,9 @@ def tokens_after(llama: Llama, prompt: list[int], n: int) -> list[int]:
 @pytest.mark.parametrize(
     "budget",
     [
-        replace(TINY, policy="rkv", value_weight=None),
+        under(TINY, "rkv"),
         TINY,
-        replace(
-            TINY, policy="rkv", value_weight=None, buffer=3
-        ),  # of `latest` two cells are a near-tie, which rounding decides
+        under(TINY, "rkv", buffer=3),  # of `latest` two cells are a near-tie, which rounding decides
         replace(TINY, budget=40, layer_budgets=(30, 55, 40)),
     ],
     ids=["rkv", "latest", "buffer 3", "by layer"],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cli_tools import error_line, invoke, make_random_model, mute, shell, smollm2, start, talker
+from llamas import under
 from rkv_local import KVBudget, Llama, RKVError, Session
 from rkv_local.evals import divergence, texts
 from rkv_local.evals.decode import Batcher, Done, Request
@@ -25,7 +26,7 @@ from rkv_local.evals.summary import summaries
 from rkv_local.evals.tasks import Group, Item, Task
 
 SMALL = KVBudget(budget=24, buffer=8, window=4, batch=16)
-BUDGETS = [None, SMALL, replace(SMALL, policy="streaming", value_weight=None)]
+BUDGETS = [None, SMALL, under(SMALL, "streaming")]
 NAMES = ["full", "rkv", "streaming"]
 if hasattr(KVBudget, "prompt_pin"):  # until every branch has it
     BUDGETS.append(replace(SMALL, pin="prompt"))  # type: ignore[arg-type, unused-ignore]

@@ -22,7 +22,7 @@ import tiny_models
 from compaction import compact_and_check
 from engine_tools import Context, Model, NativeError, Options
 from families import SMALL, Report, check_compactions, check_model, governed, sinks_of
-from llamas import write_unsupported
+from llamas import under, write_unsupported
 from rkv_local import KVBudget, Llama, ModelShape, RKVError, _native, plan
 from rkv_local.probe import MAIN, Probe, Setting
 from tiny_families import KINDS, LFM2, N_HEAD, N_VOCAB, write_family
@@ -328,9 +328,7 @@ def test_a_plan_is_what_a_llama_takes(
 ) -> None:
     path, setting = models[kind][1], dataclasses.replace(setting, n_ctx=2048, n_threads=1, n_threads_batch=1)
     if kind == "norm after RoPE" and setting.kv is not None:  # the default policy is refused
-        setting = dataclasses.replace(
-            setting, kv=dataclasses.replace(setting.kv, policy="rkv", value_weight=None)
-        )
+        setting = dataclasses.replace(setting, kv=under(setting.kv, "rkv"))
     with Probe(path) as probe:
         measured = probe.measure(setting)
     with Llama(path, verbose=False, **setting.arguments()) as llama:

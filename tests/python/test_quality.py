@@ -206,7 +206,7 @@ def test_layers_are_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"{beside(model)}" in capsys.readouterr().err
     size, digest = fingerprint(model)
     curves = ((3.0, 1.0, 0.1), (0.1, 0.0, 0.0))
-    made = Calibration("m", size, digest, "latest", {}, (16, 32, 64), curves, 1, "0")
+    made = Calibration("m", size, digest, "latest", {}, (16, 64, 512), curves, 1, "0")
     made.save(beside(model))
     assert run(out, "layers", *more) == 0
     found = [r for r in rows(out) if r["kv"]]

@@ -81,7 +81,7 @@ static bool check(const rkv_select_args & a) {
     const rkv_op_params op = op_of(a);
     if (rkv_needs_values(&op) || a.params.value_weight > 0.0f) {
         if (!a.v) {
-            return rkv_set_error("values are missing");
+            return rkv_set_error("values are missing: the policy %s looks at them", rkv_policy_name(a.params.policy));
         }
         if (a.n_embd_head_v < 1 || !is_cached_as(a.type_v, a.n_embd_head_v)) {
             return rkv_set_error("values of length %d cannot be cached as type %d", a.n_embd_head_v, a.type_v);

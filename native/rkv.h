@@ -177,10 +177,11 @@ struct rkv_select_args {
     const float   * k;           // [n, n_head_kv, n_embd_head]
     const float   * q;           // [window, n_head, n_embd_head]
     const int32_t * pos;         // [n, n_head_kv] true positions (latest, value-aware, triattention)
-    const float   * v;           // [n, n_head_kv, n_embd_head_v] (value-aware, lagkv; latest, if it is to look at them), else NULL
+    const float   * v;           // [n, n_head_kv, n_embd_head_v] (value-aware, lagkv, latest), else NULL. latest does without
+                                 // them where value_weight is 0 or negative
     int32_t  n_embd_head_v, type_v;
     float         * aux;         // [n_aux, n, n_head_kv] stored floats, read and updated; may be NULL: then none is old. n_aux:
-                                 // latest n_sim; h2o, gkv, given 1; one more for latest, rkv and snapkv with a memory
+                                 // latest n_sim, where 0 is 2; h2o, gkv, given 1; one more for latest, rkv and snapkv with a memory
     float         * stats;       // triattention: [n_head, n_embd_head + n_embd_head/2 + 1], read and updated; may be NULL. The
                                  // window's queries belong to its cells' positions in head 0
     // RoPE of the keys; rope_n_rot 0 = none

@@ -354,7 +354,7 @@ def select(
         kv: policy and its parameters; layer_budgets are not used.
         k: [n, n_head_kv, d], q: [window, n_head, d].
         pos: [n, n_head_kv] true positions; default: the row number.
-        v: [n, n_head_kv, d_v] (value-aware, lagkv).
+        v: [n, n_head_kv, d_v] (value-aware, lagkv, latest with a value_weight).
         aux: [kv.n_aux, n, n_head_kv] float32, C order, changed in place.
         stats: [n_head, kv.n_stats(d)] float32, C order, changed in place (triattention).
         n_old: cells [0, n_old) went through a compaction before.

@@ -109,7 +109,10 @@ def rounds(seed: int, seconds: float, model_path: Path) -> None:
         policy = rng.choice(
             ("rkv", "snapkv", "streaming", "latest", "h2o", "gkv", "lagkv", "triattention", "given")
         )
-        spec = ref.Spec(policy, budget=20, window=4, pin=rng.randrange(3), n_sim=rng.randrange(1, 3))
+        weight = rng.choice((0.0, 0.5)) if policy == "latest" else 0.0
+        spec = ref.Spec(
+            policy, budget=20, window=4, pin=rng.randrange(3), n_sim=rng.randrange(1, 3), value_weight=weight
+        )
         budgets = rng.choice(((20, 20), (20, 29), (33, 20)))
         flash = rng.random() < 0.3
         kind = "f16" if flash else rng.choice(("f32", "f16"))

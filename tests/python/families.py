@@ -295,7 +295,9 @@ def check_model(model: Model, path: Path) -> Report:
     check_compactions(model, path, tokens, options, report)
     flash = dataclasses.replace(options, flash_attn=True, type_k="f16", type_v="f16")
     check_compactions(model, path, tokens, flash, report)
-    latest = dataclasses.replace(options, spec=dataclasses.replace(SMALL, policy="latest", n_sim=2))
+    latest = dataclasses.replace(
+        options, spec=dataclasses.replace(SMALL, policy="latest", n_sim=2, value_weight=0.5)
+    )
     try:
         Context(model, latest).close()
     except NativeError as error:

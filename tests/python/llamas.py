@@ -29,8 +29,9 @@ MakeLlama = Callable[..., Llama]
 
 
 def under(kv: KVBudget, policy: str, **fields: Any) -> KVBudget:
-    """The same under another policy, with that policy's own weight of values."""
-    return replace(kv, **{"policy": policy, "value_weight": None, **fields})
+    """The same under another policy, with what that one takes of `latest`'s own."""
+    own = {"recent": None, "n_sim": None, "value_weight": None}
+    return replace(kv, **{"policy": policy, **own, **fields})
 
 
 def open_llama(path: Path, **arguments: Any) -> Llama:

@@ -32,7 +32,6 @@ BAD_PARAMS: list[dict[str, float]] = [
     {"threshold": 1.1},
     {"threshold": -1.1},
     {"threshold": float("nan")},
-    {"policy": 4, "n_sim": 0},
     {"policy": 4, "n_sim": 5},
     {"budget": 2**31},
     {"buffer": 2**32 - 1},
@@ -147,14 +146,20 @@ def test_python_wrapper_agrees_with_this_transcription(small: Model) -> None:
     assert ctypes.sizeof(_native.RkvParams) == ctypes.sizeof(native.RkvParams)
     assert ctypes.sizeof(_native.RkvSelectArgs) == ctypes.sizeof(native.RkvSelectArgs)
     ours, theirs = native.rkv_default_params(), _native.params(KVBudget())
-    for name in [field[0] for field in native.RkvParams._fields_][:9]:
+    for name in [field[0] for field in native.RkvParams._fields_][:8]:
         assert getattr(ours, name) == getattr(theirs, name), name
     rng = np.random.default_rng(3)
     k, q = rng.normal(size=(90, 2, 16)).astype(np.float32), rng.normal(size=(8, 4, 16)).astype(np.float32)
+    v = rng.normal(size=(90, 2, 24)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"^values are missing: the policy latest looks at them$"):
+        _native.select(KVBudget(budget=60), k, q)
     for policy in ("rkv", "snapkv", "streaming", "latest"):
-        idx, score = _native.select(KVBudget(budget=60, policy=policy), k, q)
+        kv = KVBudget(budget=60, policy=policy)
+        idx, score = _native.select(kv, k, q, v=v)
         pos = np.repeat(np.arange(90, dtype=np.int32)[:, None], 2, axis=1)
-        recent = KVBudget(policy=policy).recent
-        got = native.native_select(k, q, ref.Spec(policy, budget=60, scale=0.25, recent=recent), pos=pos)
+        spec = ref.Spec(
+            policy, budget=60, scale=0.25, recent=kv.recent, n_sim=kv.n_sim, value_weight=kv.value_weight
+        )
+        got = native.native_select(k, q, spec, pos=pos, v=v)
         np.testing.assert_array_equal(idx, got.kept)
         np.testing.assert_array_equal(score[:, 4:82], got.score[:, 4:82])

@@ -15,7 +15,7 @@ from rkv_local import POLICIES, KVBudget, Llama, ModelShape, RKVError, Session, 
 from rkv_local.budget import POLICY_DEFAULTS
 
 pytest_plugins = ["llamas"]
-FIELDS = ("window", "recent", "lam", "pin", "pool", "memory", "chunk")
+FIELDS = ("window", "recent", "n_sim", "value_weight", "lam", "pin", "pool", "memory", "chunk")
 
 
 def small(policy: str = "snapkv", **values: Any) -> KVBudget:
@@ -42,7 +42,17 @@ def grow(llama: Llama, prompt: list[int], n: int) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_defaults_of_a_policy_give_way_to_what_is_said(policy: str) -> None:
-    usual = {"window": 8, "recent": 0, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
+    usual = {
+        "window": 8,
+        "recent": 0,
+        "n_sim": 1,
+        "value_weight": 0.0,
+        "lam": 0.1,
+        "pin": 4,
+        "pool": 7,
+        "memory": 0.0,
+        "chunk": 10,
+    }
     kv = KVBudget(policy=policy)
     assert {name: getattr(kv, name) for name in FIELDS} == usual | POLICY_DEFAULTS.get(policy, {})
     said = KVBudget(policy=policy, window=5, recent=30, lam=0.3, pin=3, pool=9, chunk=20)

@@ -160,8 +160,8 @@ class KVBudget:
         self._set("value_weight", _real("value_weight", self.value_weight, 0.0, 1.0))
         if self.value_weight > 0 and self.policy not in ("none", "latest"):
             raise ValueError(
-                f"value_weight is {self.value_weight:g}, must be 0 with policy {self.policy}: it is latest's; "
-                f"KVBudget(policy={self.policy!r}) takes that policy's own values"
+                f"value_weight is {self.value_weight:g}, must be 0 with policy {self.policy}: it is latest's "
+                f"(KVBudget(policy={self.policy!r}) takes the policy's own values)"
             )
         self._set("seed", _integer("seed", self.seed, 0, 2**32 - 1))
         for field in ("reference", "shared_heads"):

@@ -148,7 +148,8 @@ def page(report: Row) -> str:
         "## Speeds\n",
         speeds(report),
         "Random weights make keys that have no copies: every search for one goes through the whole cache, "
-        "which text does not ask for.\n",
+        "which text does not ask for. `latest` here is keys alone with one similarity, as its default then "
+        "was.\n",
         "## Floor of a compaction\n",
         "One sequence, all layers, from the data sheet's rates of an H200: "
         f"{least['bytes']:.0f} µs for the bytes (K read once, {KEPT:,} rows of K and V read and written), "

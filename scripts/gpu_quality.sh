@@ -11,7 +11,7 @@
 # LIMIT      seconds from the start of the call until everything has to be done, build included (default: 560)
 # PROCS      processes for each GPU (default: 2: one alone leaves it idle half of the time)
 # MPS        yes: processes share a GPU at the same time, through NVIDIA's multi-process service, instead of in turns
-#            (16 processes on one H200 then did four times the tokens of 4)
+#            (docs/lab-log.md, 2026-11-28: 17 processes on one H200 did 90,000 tokens a second)
 # GPUS       how many (default: all that nvidia-smi lists)
 # KNOWN      files of results (default: docs/quality/*.jsonl and .jsonl.gz)
 # N          problems of each kind (default: 400)

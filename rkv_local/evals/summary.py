@@ -19,6 +19,7 @@ __all__ = ["Section", "column", "sections", "summaries", "variant"]
 Row = dict[str, Any]
 BUCKET = 256  # positions that one KL result is a mean over
 
+_ORDER = [BY_ITSELF, *(name for name in POLICIES if name != BY_ITSELF)]
 _SHORT = {"lam": "λ", "buffer": "S", "window": "α"}
 
 
@@ -48,7 +49,6 @@ def variant(kv: Row | None) -> str:
 def rank(label: str) -> tuple[int, list[tuple[str, float, str]]]:
     """What variants are sorted by: the default policy first, others as POLICIES has them, then parameters."""
     policy, *words = label.split()
-    order = [BY_ITSELF, *(name for name in POLICIES if name != BY_ITSELF)]
     parts = []
     for word in words:
         name, _, value = word.partition("=")
@@ -56,7 +56,7 @@ def rank(label: str) -> tuple[int, list[tuple[str, float, str]]]:
             parts.append((name, float(value), ""))
         except ValueError:
             parts.append((name, math.inf, value))
-    return order.index(policy) if policy in order else len(order), parts
+    return _ORDER.index(policy) if policy in _ORDER else len(_ORDER), parts
 
 
 @functools.cache
@@ -190,6 +190,7 @@ class Section:
         """Rows with these types of keys and values."""
         return [r for r in self.rows if (r["type_k"], r["type_v"]) == (type_k, type_v)]
 
+    @functools.cached_property
     def variants(self) -> dict[str, set[tuple[int, float]]]:
         """Budgets of every variant with f16 keys and values, in the order of rank()."""
         seen: dict[str, set[tuple[int, float]]] = {}
@@ -201,7 +202,7 @@ class Section:
     def base(self, label: str) -> str:
         """The variant of a policy that others are compared with: its defaults, else the most measured."""
         policy = label.partition(" ")[0]
-        seen = {name: cols for name, cols in self.variants().items() if name.partition(" ")[0] == policy}
+        seen = {name: cols for name, cols in self.variants.items() if name.partition(" ")[0] == policy}
         return policy if policy in seen or not seen else max(seen, key=lambda name: len(seen[name]))
 
     def find(self, label: str, column_: tuple[int, float], rows: Sequence[Row] | None = None) -> Row | None:

@@ -74,16 +74,26 @@ def heading(section: Section, col: tuple[int, float]) -> str:
 def main_variants(section: Section) -> list[str]:
     """Rows of the main table: each policy's base, and other settings measured at three budgets.
 
-    What has a table of its own (index sets shared by heads, calibrated layers) is not among them, unless its
-    policy's defaults were not measured.
+    What stands beside its counterpart in a table of its own (index sets shared by heads, calibrated layers)
+    is not among them.
     """
-    seen = section.variants()
-    own = {label for label in seen if set(label.split()) & set(CONTRASTS) and label.partition(" ")[0] in seen}
     return [
         label
-        for label, cols in seen.items()
-        if label not in own and (label == section.base(label) or len(cols) >= 3)
+        for label, cols in section.variants.items()
+        if not counterparts(section, label) and (label == section.base(label) or len(cols) >= 3)
     ]
+
+
+def counterparts(section: Section, label: str) -> list[tuple[str, str]]:
+    """(a word of CONTRASTS in a variant's name, the variant without it), where that was measured."""
+    found, words = [], label.split()
+    for word in CONTRASTS:
+        plain = " ".join(part for part in words if part != word)
+        if word == "shared_heads" and f"{plain} layers=uniform" in section.variants:
+            plain += " layers=uniform"  # one index set has no budgets by layer
+        if word in words and plain in section.variants:
+            found.append((word, plain))
+    return found
 
 
 def sizes(rows: Sequence[Row | None]) -> str:
@@ -206,23 +216,19 @@ CONTRASTS = {
 
 def contrasts(section: Section) -> list[str]:
     """Tables of two ways beside each other, where one was measured as an alternative to the other."""
-    tables: dict[str, list[tuple[str, list[Row | None]]]] = {}
-    for word, (name, usual, other) in CONTRASTS.items():
-        for label in section.variants():
-            if word not in label.split():
-                continue
-            plain = policy = " ".join(part for part in label.split() if part != word)
-            if word == "shared_heads" and f"{plain} layers=uniform" in section.variants():
-                plain += " layers=uniform"  # one index set has no budgets by layer
-            if plain not in section.variants():
-                continue
+    tables: dict[str, list[tuple[str, list[Row | None]]]] = {name: [] for name, *_ in CONTRASTS.values()}
+    for label in section.variants:
+        for word, plain in counterparts(section, label):
+            name, usual, other = CONTRASTS[word]
+            policy = " ".join(part for part in label.split() if part != word)
             with_word = line(section, label)
             without = [r if w else None for r, w in zip(line(section, plain), with_word, strict=True)]
-            lines = tables.setdefault(name, [])
-            lines += [(f"{policy}: {usual}", without), (f"{policy}: {other}", with_word)]
+            pair = [(f"{policy}: {usual}", without), (f"{policy}: {other}", with_word)]
+            tables[name] += pair[::-1] if other == "uniform" else pair
     out = []
     for name, lines in tables.items():
-        out += [f"**{name}:**", grid(section, lines, lambda row: counted(section, row))]
+        if lines:
+            out += [f"**{name}:**", grid(section, lines, lambda row: counted(section, row))]
     return out
 
 
@@ -253,9 +259,9 @@ def ablations(section: Section) -> list[str]:
     """One setting changed, below the same policy without the change: a table for each policy."""
     main = main_variants(section)
     tables: dict[str, list[str]] = {}
-    for label in section.variants():
+    for label in section.variants:
         base = section.base(label)
-        if label == base or set(label.split()) & set(CONTRASTS):
+        if label == base or counterparts(section, label):
             continue
         if label in main and not any(line(section, base)):
             continue

@@ -433,6 +433,20 @@ def test_shared_heads_are_compared_with_heads_of_their_own() -> None:
     assert "Ablations" not in text
 
 
+def test_a_variant_without_its_counterpart_is_shown_all_the_same() -> None:
+    store = Store()
+    filled(store, config(), 380, 400)
+    usual = kv_fields(KVBudget(budget=250, policy="rkv")) or {}
+    for more in ({}, {"lam": 0.5, "schedule": "calibrated", "layer_budgets": [200, 300]}):
+        filled(store, Config("m", "00" * 32, DENSE, {**usual, **more}, max_tokens=100), 200, 400)
+    text = report.page(summaries(store))
+    assert [row[0] for row in table(text, "**Ablations of rkv:**")[1:]] == [
+        "as above",
+        "λ=0.5 layers=calibrated",
+    ]
+    assert "Calibrated budgets by layer" not in text
+
+
 def test_sections_hold_what_can_be_compared() -> None:
     store = Store()
     filled(store, config(), 1, 2)

@@ -11,6 +11,7 @@ docs/evals.md says how the pieces fit together.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -107,8 +108,8 @@ def questions(args: argparse.Namespace) -> None:
     from rkv_local.evals.tasks import reason_task
 
     with args.output.open("w", encoding="utf-8") as file:
-        for kind in KINDS:
-            for item in reason_task(kind, tuple(FAMILIES), "final", args.n_problems).groups[0].items:
+        for kind, split in itertools.product(KINDS, ("final", "fresh")):
+            for item in reason_task(kind, tuple(FAMILIES), split, args.n_problems).groups[0].items:
                 row = {"id": item.id, "question": item.question, "answer": item.answer}
                 file.write(json.dumps(row) + "\n")
 

@@ -45,7 +45,7 @@ class Worker:
         self._models: dict[str, Runner] = {}
         self._rates: dict[str, float] = {}  # tokens a second by kind of task
         self._questions: dict[str, Item] | None = None
-        self._tasks: dict[tuple[str, int], Task] = {}
+        self._tasks: dict[tuple[str, str, int], Task] = {}
 
     def close(self) -> None:
         """Free the models."""
@@ -91,33 +91,31 @@ class Worker:
             source, (n_texts, length, n_facts) = texts.source(self.args.text), self.args.needles
             lengths = [len(runner.model.tokenize(p + "\n\n", start=False)) for p in source.paragraphs()]
             return texts.needles(source, lengths, length, n_facts, n_texts)
-        if (job.task, n) not in self._tasks:
-            self._tasks[job.task, n] = self.problems(job.task, n)
-        return self._tasks[job.task, n]
+        key = (job.task, job.split, n)
+        if key not in self._tasks:
+            self._tasks[key] = self.problems(*key)
+        return self._tasks[key]
 
-    def problems(self, kind: str, n: int) -> Task:
-        """n problems of a kind. Raises ValueError where the file of questions has fewer."""
+    def problems(self, kind: str, split: str, n: int) -> Task:
+        """n problems of a kind and split. Raises ValueError where the file of questions has fewer."""
         if self.args.questions is None:
-            return reason_task(kind, self.families, "final", n)
+            return reason_task(kind, self.families, split, n)
         if self._questions is None:
             self._questions = read_questions(self.args.questions)
-        for id in self.ids(kind, n):
+        ids = self.ids(kind, split, n)
+        for id in ids:
             if id not in self._questions:
                 raise ValueError(f"{self.args.questions} has no problem {id}: make it with more --n-problems")
-        return self.named(kind, [self._questions[id] for id in self.ids(kind, n)])
+        return named_reason_task(kind, self.families, split, [self._questions[id] for id in ids])
 
     @property
     def families(self) -> list[str]:
         """Of the reasoner's problems."""
         return [name.strip() for name in self.args.families.split(",")]
 
-    def ids(self, kind: str, n: int) -> list[str]:
-        """The ids of n problems of a kind, as reason_task() has them."""
-        return [f"{name}/{kind}/final/{i}" for name, share in parts(self.families, n) for i in range(share)]
-
-    def named(self, kind: str, items: Sequence[Item]) -> Task:
-        """A task of the name that reason_task() gives."""
-        return named_reason_task(kind, self.families, "final", items)
+    def ids(self, kind: str, split: str, n: int) -> list[str]:
+        """The ids of n problems of a kind and split, as reason_task() has them."""
+        return [f"{name}/{kind}/{split}/{i}" for name, share in parts(self.families, n) for i in range(share)]
 
     def budget(self, job: Job, runner: Runner, cells: int) -> KVBudget | None:
         """A job's budget of so many cells. Raises ValueError where the policy cannot have it."""
@@ -139,7 +137,8 @@ class Worker:
         f16 = replace(runner, setting=replace(runner.setting, type_k="f16", type_v="f16"))
         n = min(self.args.n_problems, self.base)
         for wanted in (self.base, n):
-            known = self.named(job.task, [Item(id, "", "") for id in self.ids(job.task, wanted)])
+            items = [Item(id, "", "") for id in self.ids(job.task, "final", wanted)]
+            known = named_reason_task(job.task, self.families, "final", items)
             if self.store.mean_trace(f16.config(known.name, None), known.ids) is not None:
                 return runner.cells(known, job.percent)
         if self.args.shard[1] > 1:
@@ -147,7 +146,7 @@ class Worker:
                 f"the full cache's results on {n:,} {job.task} problems are needed: run stage full first, "
                 "and give its file with --known"
             )
-        return runner.cells(self.task(job, runner, n), job.percent)
+        return runner.cells(self.task(replace(job, split="final"), runner, n), job.percent)
 
     def do(self, job: Job) -> str:
         """One job; what came out, in words, or "" where nothing was to be done."""

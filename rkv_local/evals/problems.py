@@ -1,8 +1,8 @@
 """Problems for the reasoner in models/, each from a seed: chains of quantities, long arithmetic, sorting.
 
 A problem is of one of two kinds. *dense*: many facts, all needed, some of them hundreds of tokens after they
-were last read. *sparse*: few facts under a long trace of checking. Seeds of the splits train, dev and final
-are disjoint.
+were last read. *sparse*: few facts under a long trace of checking. Seeds of the splits train, dev, final and
+fresh (for what was changed after the final seeds had been asked) are disjoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["FAMILIES", "KINDS", "SPLITS", "Fact", "Problem", "problem", "problem
 
 KINDS = ("dense", "sparse")
 # first seed of each split; a split has room for 2**40 problems
-SPLITS = {"train": 0, "dev": 1 << 40, "final": 2 << 40}
+SPLITS = {"train": 0, "dev": 1 << 40, "final": 2 << 40, "fresh": 3 << 40}
 
 LONGEST = 3900  # tokens of a trace, about: the reasoner's context has 4,096, the question among them
 

@@ -115,7 +115,8 @@ def headline(sections: Sequence[Section], default: str, published: str) -> str:
             continue
         words = [f"{p} %: {judged(a, b)} ({pct(a['accuracy'])} and {pct(b['accuracy'])})" for p, a, b in both]
         said.append(
-            f"**{kind.capitalize()} problems**: `{default}` is {score(both)}; at {'; at '.join(words)}."
+            f"**{kind.capitalize()} problems, {section.task['split']} seeds**: `{default}` is {score(both)}; "
+            f"at {'; at '.join(words)}."
         )
         aims = [
             f"at {p} % ({pct(aim, 0)}): {aimed(section, default, p, aim).lower()}"

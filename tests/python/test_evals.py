@@ -373,8 +373,8 @@ def test_verdict() -> None:
     ]
     assert "Better at 3 of 4 budgets, with intervals apart at 2." in text
     assert (
-        "**Dense problems**: `latest` is better at 3 of 4 budgets, with intervals apart at 2; at 10 %: "
-        in text
+        "**Dense problems, final seeds**: `latest` is better at 3 of 4 budgets, with intervals apart at 2; "
+        "at 10 %: " in text
     )
     assert "Aim at 25 %: 97 % of the full cache's accuracy. 99.7 % on 400 problems: reached." in text
     assert "Aim at 16 %: 90 % of the full cache's accuracy. 92.6 % on 400 problems: reached." in text

@@ -143,6 +143,25 @@ def test_a_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "has no problem chain/dense/final/2" in capsys.readouterr().err
 
 
+def test_fresh_problems_have_the_budgets_of_the_final_ones(tmp_path: Path) -> None:
+    out, asked = tmp_path / "r.jsonl", tmp_path / "questions.txt"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quality, "FAMILIES", {"chain": "", "digits": ""})
+        assert quality.main(["questions", "-o", str(asked), "--n-problems", "2"]) == 0
+    assert run(out, "full,fresh", "--questions", str(asked)) == 0
+    found = rows(out)
+    mean = {
+        r["task"]["kind"]: r["mean_tokens"] for r in found if not r["kv"] and r["task"]["split"] == "final"
+    }
+    fresh = [r for r in found if r["task"]["split"] == "fresh"]
+    assert len(fresh) == 2 + 16 and {r["problems"] for r in fresh} == {2}
+    for row in fresh:
+        if row["kv"]:
+            assert row["budget"] == round(mean[row["task"]["kind"]] * row["asked_percent"] / 100)
+    text = quality.page(tmp_path, tmp_path / "q.md", tmp_path / "none", draw=False)
+    assert "(fresh seeds: chain, digits)" in text and "(final seeds: chain, digits)" in text
+
+
 def test_shards_need_what_budgets_are_shares_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full, halves = tmp_path / "full.jsonl", [tmp_path / f"{i}.jsonl" for i in range(2)]
     assert run(halves[0], "core", "--shard", "0/2") == 1
@@ -275,7 +294,7 @@ def test_a_page_that_is_not_up_to_date(tmp_path: Path, capsys: pytest.CaptureFix
     assert quality.main(paths) == 0
     text = page.read_text()
     assert "\n\n## Tried\n\nThis and that.\n\n## Dense problems" in text
-    assert f"**Dense problems**: `{candidate()}` is better at 0 of 4 budgets" in text
+    assert f"**Dense problems, final seeds**: `{candidate()}` is better at 0 of 4 budgets" in text
     assert quality.main([*paths, "--check"]) == 0
     plots = sorted((tmp_path / "plots").iterdir())
     assert len(plots) == 4

@@ -61,7 +61,7 @@ def what(row: Row) -> tuple[Any, ...]:
 
 def test_the_plan_has_everything_once(capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [job for stage in STAGES for job in jobs_of(stage)]
-    plain = [(j.task, j.policy, j.percent, j.cells, j.cache, j.calibrated, j.fields) for j in jobs]
+    plain = [(j.task, j.split, j.policy, j.percent, j.cells, j.cache, j.calibrated, j.fields) for j in jobs]
     assert len(set(plain)) == len(plain)
     for cache in ("f16", "q8_0"):
         for kind in KINDS:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "rkv-local calibration", 2
 _HEAD, _CHUNK, _CHUNKS = 4 << 20, 1 << 16, 64  # bytes of a model that its fingerprint is made of
-_FLOOR = 2, 3  # no layer gets less than two thirds of the budget
 
 Curve = tuple[float | None, ...]
 
@@ -137,7 +136,7 @@ def allocate(
     Args:
         sizes, damage: as in Calibration. budget: mean of a layer; at least `least`, which every layer needs.
     """
-    floor = max(least, _FLOOR[0] * budget // _FLOOR[1])
+    floor = max(least, 2 * budget // 3)
     sharing = [i for i, curve in enumerate(damage) if curve is not None]
     cells = [budget if curve is None else floor for curve in damage]
     pieces = [piece for i in sharing for piece in _pieces(i, sizes, damage[i] or (), floor)]

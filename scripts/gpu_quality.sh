@@ -32,7 +32,8 @@ shopt -s nullglob
 read -ra known_files <<< "${KNOWN-$(echo docs/quality/*.jsonl docs/quality/*.jsonl.gz)}"
 mkdir -p "$OUT"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+mps=no # whether its daemon is ours to end
+trap '[ $mps = yes ] && echo quit | nvidia-cuda-mps-control; rm -rf "$work"' EXIT
 # a name of its own for every call, so that files of several calls can lie in one folder
 name=$(date -u +%Y%m%d-%H%M%S)
 failed=0
@@ -73,7 +74,7 @@ if [ "${MPS:-no}" = yes ]; then
     export CUDA_MPS_PIPE_DIRECTORY="$work/mps" CUDA_MPS_LOG_DIRECTORY="$work"
     mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
     nvidia-cuda-mps-control -d || exit 1
-    trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$work"' EXIT
+    mps=yes
 fi
 if [ "${1:-}" = build ]; then
     shift

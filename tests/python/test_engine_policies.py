@@ -15,7 +15,6 @@ from rkv_local import POLICIES, KVBudget, Llama, ModelShape, RKVError, Session, 
 from rkv_local.budget import POLICY_DEFAULTS
 
 pytest_plugins = ["llamas"]
-FIELDS = ("window", "recent", "n_sim", "value_weight", "lam", "pin", "pool", "memory", "chunk")
 
 
 def small(policy: str = "snapkv", **values: Any) -> KVBudget:
@@ -54,7 +53,7 @@ def test_defaults_of_a_policy_give_way_to_what_is_said(policy: str) -> None:
         "chunk": 10,
     }
     kv = KVBudget(policy=policy)
-    assert {name: getattr(kv, name) for name in FIELDS} == usual | POLICY_DEFAULTS.get(policy, {})
+    assert {name: getattr(kv, name) for name in usual} == usual | POLICY_DEFAULTS.get(policy, {})
     said = KVBudget(policy=policy, window=5, recent=30, lam=0.3, pin=3, pool=9, chunk=20)
     assert (said.window, said.recent, said.lam, said.pin, said.pool, said.chunk) == (5, 30, 0.3, 3, 9, 20)
 

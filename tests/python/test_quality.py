@@ -269,6 +269,15 @@ def test_the_script_for_gpus(tmp_path: Path) -> None:
     (second,) = (tmp_path / "b").iterdir()
     assert rows(second) == []
     assert "no time is left" in call("c", "", "core", limit=1)
+    # a daemon of NVIDIA's for the time of the call, here one that only notes what it is told
+    asked, daemon = tmp_path / "asked", tmp_path / "bin" / "nvidia-cuda-mps-control"
+    daemon.parent.mkdir()
+    daemon.write_text(f'#!/bin/sh\necho "${{1:-$(cat)}} $CUDA_MPS_PIPE_DIRECTORY" >> {asked}\n')
+    daemon.chmod(0o755)
+    environment |= {"MPS": "yes", "PATH": f"{daemon.parent}:{environment['PATH']}"}
+    assert "no time is left" in call("d", "", "core", limit=1)
+    told, pipes = zip(*(line.split() for line in asked.read_text().splitlines()), strict=True)
+    assert told == ("-d", "quit") and len(set(pipes)) == 1 and not Path(pipes[0]).exists()
 
 
 # -- the page ----------------------------------------------------------------------------------------

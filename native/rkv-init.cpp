@@ -45,7 +45,7 @@ rkv_params rkv_default_params() {
     rkv_params p = {};
     p.policy    = RKV_POLICY_LATEST;
     p.budget    = 1024;
-    p.buffer    = 128;
+    p.buffer    = 256;
     p.window    = 8;
     p.pin       = 4;
     p.pool      = 7;

@@ -39,13 +39,21 @@ POLICIES: dict[str, str] = {
 
 # What a policy takes where nothing else is said, beside the defaults of KVBudget.
 POLICY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "latest": {"recent": 96, "n_sim": 2, "value_weight": 0.5},
+    "latest": {"buffer": 256, "recent": 96, "n_sim": 2, "value_weight": 0.5},
     "gkv": {"lam": 0.5, "pool": 1, "memory": 0.8},
     "rpc": {"window": 32, "pin": "prompt"},
     "chunkkv": {"pool": 1, "chunk": 10},
     "lagkv": {"chunk": 128},
 }
-_DEFAULTS: dict[str, Any] = {"window": 8, "lam": 0.1, "pin": 4, "pool": 7, "memory": 0.0, "chunk": 10}
+_DEFAULTS: dict[str, Any] = {
+    "buffer": 128,
+    "window": 8,
+    "lam": 0.1,
+    "pin": 4,
+    "pool": 7,
+    "memory": 0.0,
+    "chunk": 10,
+}
 _DEFAULTS |= {"recent": 0, "n_sim": 1, "value_weight": 0.0}  # recent: the window
 _OWN: Any = None  # the policy's own default
 
@@ -74,10 +82,9 @@ class KVBudget:
 
     Args:
         budget: B, cells that a sequence keeps after a compaction; window and pinned cells are inside it.
-        buffer: S, tokens admitted between two compactions.
-        window: the most recent tokens, always kept; their queries judge importance (1 to 64). Like recent,
-            lam, pin, pool, n_sim, memory, chunk and value_weight it has a default of its own under some
-            policies: POLICY_DEFAULTS.
+        buffer: S, tokens admitted between two compactions. Like window, recent, lam, pin, pool, n_sim,
+            memory, chunk and value_weight it has a default of its own under some policies: POLICY_DEFAULTS.
+        window: the most recent tokens, always kept; their queries judge importance (1 to 64).
         policy: a key of POLICIES.
         recent: the most recent tokens that are kept whatever their score, the window among them; in each
             layer at most half of its budget, but at least the window. 0: the window; at most 4096.
@@ -106,7 +113,7 @@ class KVBudget:
     """
 
     budget: int = 1024
-    buffer: int = 128
+    buffer: int = _OWN
     window: int = _OWN
     policy: str = "latest"
     lam: float = _OWN

@@ -229,7 +229,9 @@ class _Reading:
         try:
             self.sizes = sizes_for(kv, self._longest)
         except ValueError as err:
-            raise ValueError(f"the answers are too short: {err}") from None
+            raise ValueError(
+                f"the answers are too short: {err} (other prompts, or a smaller buffer)"
+            ) from None
         self._first = (self.sizes[0] // kv.buffer + 1) * kv.buffer  # the smallest size evicts before it
         self._traces = [trace for trace in traces if len(trace.tokens) > self._first]
         self._n = sum(len(trace.tokens) for trace in self._traces)

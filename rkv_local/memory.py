@@ -27,8 +27,10 @@ MARGIN, MARGIN_SHARE = GIB, 10  # auto leaves a GiB of each device, or a tenth o
 RESERVE = (
     50  # a 50th of the limit stays free: code pages, stacks, what libraries take when they first compute
 )
-LEAST_BATCH, LEAST_BUDGET, LEAST_CTX = 32, 256, 1024  # what is given up goes down to these
-FREE = frozenset({"n_gpu_layers", "n_batch", "cache_type", "kv_budget", "n_ctx", "use_mmap", "flash_attn"})
+LEAST_BATCH, LEAST_BUFFER, LEAST_BUDGET, LEAST_CTX = 32, 128, 256, 1024  # what is given up goes down to these
+FREE = frozenset(
+    {"n_gpu_layers", "n_batch", "kv_buffer", "cache_type", "kv_budget", "n_ctx", "use_mmap", "flash_attn"}
+)
 
 
 def plan(model_path: str | os.PathLike[str], memory: str | int = "auto", **settings: Any) -> Plan:
@@ -60,7 +62,12 @@ def plan(model_path: str | os.PathLike[str], memory: str | int = "auto", **setti
         unknown = next(name for name in settings if name not in known)
         raise TypeError(f"plan() got an unexpected parameter {unknown!r}") from None
     free = set(FREE)
-    for name, decides in (("kv", "kv_budget"), ("type_k", "cache_type"), ("type_v", "cache_type")):
+    for name, decides in (
+        ("kv", "kv_budget"),
+        ("kv", "kv_buffer"),
+        ("type_k", "cache_type"),
+        ("type_v", "cache_type"),
+    ):
         if name in settings:
             free.discard(decides)
     free -= {name for name, value in settings.items() if value is not None or name == "flash_attn"}
@@ -232,8 +239,8 @@ class Planner:
         """Settings that take less and less, each with what was given up.
 
         First what costs nothing but time at the start (reading weights instead of mapping them where they are
-        repacked), then speed (a smaller prompt batch, fewer layers on the GPU), then precision (a quantised
-        cache), and last what is remembered (the budget, or the reach of a full cache).
+        repacked), then speed (a smaller prompt batch, with a shorter buffer; fewer layers on the GPU), then
+        precision (a quantised cache), and last what is remembered (the budget, or the reach of a full cache).
         """
         reasons: list[str] = []
         measured = self.probe.measure(setting)
@@ -241,15 +248,10 @@ class Planner:
             setting = replace(setting, use_mmap=False)
             reasons = [*reasons, "weights are read, not mapped: repacked ones would be there twice"]
             yield setting, reasons
-        if "n_batch" in free:
-            least = max(LEAST_BATCH, setting.kv.buffer // 4 if setting.kv else 0)
-            batch = measured.n_batch
-            while batch // 2 >= least:
-                batch //= 2
-                setting = replace(setting, n_batch=batch, n_ubatch=None)
-                yield setting, [*reasons, f"prompt batch {batch} instead of {measured.n_batch}"]
-            if batch < measured.n_batch:
-                reasons = [*reasons, f"prompt batch {batch} instead of {measured.n_batch}"]
+        before = reasons
+        for smaller, given_up in self._batches(setting, free, measured.n_batch):
+            setting, reasons = smaller, [*before, *given_up]
+            yield setting, reasons
         if "n_gpu_layers" in free and self.gpus:
             layers = self._most_layers(setting)
             setting = replace(setting, n_gpu_layers=layers)
@@ -277,6 +279,27 @@ class Planner:
                     replace(setting, n_ctx=n_ctx),
                     [*reasons, f"context {n_ctx:,} instead of {measured.n_ctx:,}"],
                 )
+
+    @staticmethod
+    def _batches(setting: Setting, free: frozenset[str], n_batch: int) -> Iterator[tuple[Setting, list[str]]]:
+        """Smaller prompt batches. Cells beside the budget are for the longer of batch and buffer."""
+        usual, batch = setting.kv, n_batch
+        while True:
+            kv = setting.kv
+            if kv is not None and kv.active and "kv_buffer" in free and max(batch, LEAST_BUFFER) < kv.buffer:
+                kv = replace(kv, buffer=max(batch, LEAST_BUFFER))
+            elif "n_batch" in free and batch // 2 >= max(LEAST_BATCH, kv.buffer // 4 if kv else 0):
+                batch //= 2
+            else:
+                return
+            setting = replace(setting, kv=kv)
+            reasons = []
+            if batch < n_batch:
+                setting = replace(setting, n_batch=batch, n_ubatch=None)
+                reasons.append(f"prompt batch {batch} instead of {n_batch}")
+            if kv is not None and usual is not None and kv.buffer < usual.buffer:
+                reasons.append(f"buffer {kv.buffer} instead of {usual.buffer}")
+            yield setting, reasons
 
     @staticmethod
     def _quantised(setting: Setting, free: frozenset[str]) -> Iterator[Setting]:

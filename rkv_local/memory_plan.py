@@ -109,9 +109,11 @@ def difference(wanted: Plan, other: Plan, fixed: Collection[str]) -> list[str]:
     """Options of the command line, among those that fix something, that turn one plan into another."""
     k, v = other.setting.type_k, other.setting.type_v
     flash = ["-fa on"] if is_quantised(v) and "flash_attn" in fixed else []
+    buffer, usual = (plan.setting.kv.buffer if plan.setting.kv else None for plan in (other, wanted))
     changes = [
         ("n_seq", other.n_seq != wanted.n_seq, [f"-np {other.n_seq}"]),
         ("kv_budget", other.kv_budget != wanted.kv_budget, [f"--kv-budget {other.kv_budget}"]),
+        ("kv_buffer", buffer != usual, [f"--kv-buffer {buffer}"]),
         ("n_ctx", other.n_ctx != wanted.n_ctx, [f"-c {other.n_ctx}"]),
         ("cache_type", other.cache_type != wanted.cache_type, [f"-ctk {k} -ctv {v}", *flash]),
         ("n_batch", other.n_batch != wanted.n_batch, [f"-b {other.n_batch}"]),

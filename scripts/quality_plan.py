@@ -18,13 +18,14 @@ TRACE = 2200  # tokens of a trace where the full cache has not been measured, ab
 
 OURS = candidate()
 MAIN = (OURS, PUBLISHED)
+OUR_BUFFER = (("buffer", KVBudget(policy=OURS).buffer),)
 OTHERS = tuple(p for p in POLICIES if p not in (*MAIN, "none", "given"))
 
 # One setting at a time. Some are of one policy alone.
 ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("lam", (0.0, 0.01, 0.5, 1.0)),
     ("window", (4, 16, 32)),
-    ("buffer", (32, 64, 256)),
+    ("buffer", (32, 64, 128, 256)),
     ("pool", (1, 3, 15)),
     ("pin", (0, "prompt")),
     ("memory", (0.9,)),
@@ -104,7 +105,12 @@ def full() -> Iterator[Job]:
 
 def fresh() -> Iterator[Job]:
     """Other problems, for a default that was changed after the final ones had been asked."""
-    yield from (replace(job, split="fresh") for job in (*full(), *grid(MAIN, PERCENT)))
+    yield from (replace(job, split="fresh") for job in (*full(), *grid(MAIN, PERCENT), *buffers()))
+
+
+def buffers() -> Iterator[Job]:
+    """R-KV with the buffer that is our policy's default."""
+    return grid((PUBLISHED,), PERCENT, fields=OUR_BUFFER)
 
 
 def ablations() -> Iterator[Job]:
@@ -115,7 +121,10 @@ def ablations() -> Iterator[Job]:
                 for name, values in ABLATIONS + OWN_ABLATIONS.get(policy, ()):
                     for value in values:
                         usual = getattr(KVBudget(policy=policy), name)
-                        if value != usual:
+                        if value != usual and (policy, (name, value)) != (
+                            PUBLISHED,
+                            *OUR_BUFFER,
+                        ):  # buffers()
                             yield Job("", kind, policy, percent, fields=((name, value),))
 
 
@@ -130,6 +139,7 @@ def layers() -> Iterator[Job]:
     for percent in PERCENT:
         for kind in KINDS:
             yield Job("", kind, PUBLISHED, percent, calibrated=True)
+            yield Job("", kind, PUBLISHED, percent, calibrated=True, fields=OUR_BUFFER)
             yield Job("", kind, OURS, percent, fields=(("layer_budgets", "uniform"),))
 
 
@@ -154,11 +164,12 @@ def needles() -> Iterator[Job]:
 STAGES = {
     "full": ("the reasoner with a full cache", full),
     "core": (f"{OURS} and {PUBLISHED} at 25, 16, 10 and 34 %", lambda: grid(MAIN, PERCENT)),
-    "fresh": ("the same and the full cache on problems that were never asked", fresh),
+    "fresh": ("the same, R-KV with our buffer, and the full cache on problems that were never asked", fresh),
     "shared": (
         "the same with one index set for all heads and layers",
         lambda: grid(MAIN, PERCENT, fields=(("shared_heads", True),)),
     ),
+    "buffers": ("R-KV with our policy's buffer", buffers),
     "layers": ("budgets by layer: R-KV with them, our policy without", layers),
     "calibrated": ("every other policy with budgets by layer, at 25 and 16 %", calibrated),
     "policies": ("every other policy at 25 and 16 %", lambda: grid(OTHERS, PERCENT[:2])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,7 +50,11 @@ class Depths(click.ParamType):
 @click.command("bench")
 @model_option()
 @opt("-d --depth", "Tokens before the measured ones.", Depths(), "0,2048,6144", "N,N,...")
-@opt("-n --n-gen", "Tokens in a stretch, rounded up to a multiple of --kv-buffer.", AT_LEAST_1, 128)
+@opt(
+    "-n --n-gen",
+    "Tokens in a stretch, rounded up to a multiple of --kv-buffer (default: one, or 128 with policy none).",
+    AT_LEAST_1,
+)
 @opt("-r --repetitions", "Stretches of each kind, in turns.", AT_LEAST_1, 5)
 @opt("-np --parallel", "Sequences at once; auto: as many as fit in --memory.", Parallel(), 1, "N|auto")
 @memory_option()
@@ -72,7 +77,9 @@ def bench(**values: Any) -> None:
     # CUDA's flash attention is slow where the cells are no multiple of 256, as they are by default
     gpu_layers = -1 if values["gpu_layers"] is None else values["gpu_layers"]
     on_gpu = gpu_layers != 0 and not values["no_kv_offload"] and has_gpu()
-    kv = budget_of(values, None if on_gpu else values["kv_buffer"])
+    kv = budget_of(values)
+    if kv and not on_gpu:
+        kv = replace(kv, batch=kv.buffer)
     settings = {"on": (True,), "off": (False,), "both": (False, True)}[values["fa"]]
     if is_quantised(values["cache_type_v"]):
         if values["fa"] == "off":
@@ -91,7 +98,7 @@ def bench(**values: Any) -> None:
         model=model.path,
         kv=kv,
         depths=values["depth"],
-        n=values["n_gen"],
+        n=values["n_gen"] or (kv.buffer if kv else 128),
         repetitions=values["repetitions"],
         flash_attn=settings,
         parallel=values["parallel"] or 1,
@@ -106,8 +113,8 @@ def bench(**values: Any) -> None:
             f"--depth {max(plan.depths)} is out of reach: {plan.cells:,} cells for --parallel {plan.parallel}"
         )
     plan = fitted_bench(plan, values)
-    if plan.n != values["n_gen"]:
-        ui.line(f"-n {values['n_gen']} becomes {plan.n}: whole periods of {values['kv_buffer']} tokens")
+    if plan.kv and plan.n != (values["n_gen"] or plan.n):
+        ui.line(f"-n {values['n_gen']} becomes {plan.n}: whole periods of {plan.kv.buffer} tokens")
     doing = [""]
     start = time.monotonic()
     try:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rkv_local.calibration import Calibration
 
 COLUMNS = 6  # sizes in the table
+BUFFER = 128  # answers of chat models are short: with more there would be few compactions in one
 
 
 @click.command("calibrate")
@@ -42,7 +43,13 @@ COLUMNS = 6  # sizes in the table
 @opt("--temp --temperature", "0 = always the likeliest token.", FiniteRange(min=0), 0.8, "X")
 @opt("-s --seed", "Of the answers.", click.IntRange(0, 2**31), 0)
 @opt("--kv-budget", "Mean cells of a layer in the table; what is written serves any.", AT_LEAST_1, 1024)
-@cache_options("kv_budget", "kv_layer_budgets")
+@opt(
+    "--kv-buffer",
+    "Tokens between two compactions while it measures, whatever the policy.",
+    AT_LEAST_1,
+    BUFFER,
+)
+@cache_options("kv_budget", "kv_buffer", "kv_layer_budgets")
 @context_options()
 @click.option("--json", "as_json", is_flag=True, help="Print what is written instead of a table.")
 def calibrate(name: str | None, as_json: bool, **values: Any) -> None:

@@ -138,6 +138,8 @@ def free_of(values: dict[str, Any]) -> frozenset[str]:
         fixed.add("n_batch")
     if values.get("ctx_size") is not None:
         fixed.add("n_ctx")
+    if given("kv_buffer"):
+        fixed.add("kv_buffer")
     if given("kv_budget") or given("kv_layer_budgets"):
         fixed.add("kv_budget")
     if given("cache_type_k") or given("cache_type_v"):

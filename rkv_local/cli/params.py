@@ -186,7 +186,9 @@ def cache_options(*without: str) -> Decorator:
             "--kv-policy", policies, PolicyParam(), "latest", "POLICY", callback=list_policies, is_eager=True
         ),
         "kv_budget": opt("--kv-budget", "Cells that a sequence keeps after a compaction.", AT_LEAST_1, 1024),
-        "kv_buffer": opt("--kv-buffer", "Tokens between two compactions.", AT_LEAST_1, 128),
+        "kv_buffer": opt(
+            "--kv-buffer", "Tokens between two compactions (default: 128; latest: 256).", AT_LEAST_1
+        ),
         "kv_pin": opt(
             "--kv-pin",
             "First tokens that are never evicted; prompt: the first prompt (default: 4; rpc: prompt).",

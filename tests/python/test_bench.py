@@ -111,6 +111,9 @@ def test_stretches_are_whole_periods() -> None:
     result = invoke(*args, "-n", "40")
     assert "-n 40 becomes 64" in result.stderr
     assert json.loads(result.stdout)["params"]["n"] == 64
+    result = invoke(*args)
+    assert "becomes" not in result.stderr
+    assert json.loads(result.stdout)["params"]["n"] == 32
     plan = Plan(talker(), KVBudget(budget=64, buffer=32, batch=32), n=32)
     assert plan.whole_periods() == plan
     assert replace(plan, n=1).whole_periods().n == 32

@@ -21,7 +21,6 @@ from rkv_local.shape import read_metadata
 SMOL = ModelShape.uniform(n_layer=30, n_head=9, n_head_kv=3, n_embd_head=64)
 SIZES: dict[str, int | float] = {
     "budget": 1024,
-    "buffer": 128,
     "window": 8,
     "pin": 4,
     "pool": 7,
@@ -30,11 +29,11 @@ SIZES: dict[str, int | float] = {
 }
 
 
-@pytest.mark.parametrize(("policy", "own"), [("rkv", (0, 1, 0.0)), ("latest", (96, 2, 0.5))])
-def test_sizes_are_the_published_ones(policy: str, own: tuple[int, int, float]) -> None:
+@pytest.mark.parametrize(("policy", "own"), [("rkv", (128, 0, 1, 0.0)), ("latest", (256, 96, 2, 0.5))])
+def test_sizes_are_the_published_ones(policy: str, own: tuple[int, int, int, float]) -> None:
     kv = KVBudget(policy=policy)
     assert {name: getattr(kv, name) for name in SIZES} == SIZES
-    assert (kv.recent, kv.n_sim, kv.value_weight) == own
+    assert (kv.buffer, kv.recent, kv.n_sim, kv.value_weight) == own
     assert (kv.reference, kv.batch, kv.layer_budgets) == (False, None, None)
     assert KVBudget().policy == "latest"
 
@@ -166,7 +165,8 @@ def test_every_policy_and_schedule_is_described() -> None:
     [
         ({}, 256, 1024 + 256),
         ({"buffer": 512}, 512, 1024 + 512),
-        ({"batch": 64}, 64, 1024 + 128),
+        ({"batch": 64}, 64, 1024 + 256),
+        ({"batch": 64, "policy": "rkv"}, 64, 1024 + 128),
         ({"batch": 300}, 300, 1024 + 300),
         ({"budget": 512, "batch": 1, "buffer": 1}, 1, 513),
     ],

@@ -222,7 +222,7 @@ def test_layers_without_cells_have_no_curve(tmp_path: Path, monkeypatch: pytest.
     [
         (KVBudget(policy="given"), 4096, "policy is given, must be one that chooses"),
         (KVBudget(policy="none"), 4096, "policy is none, must be one that chooses"),
-        (KVBudget(), 287, "length is 287, must be at least 288 with buffer 128"),
+        (KVBudget(), 543, "length is 543, must be at least 544 with buffer 256"),
         (KVBudget(policy="rpc"), 303, "must be at least 304"),
         (KVBudget(3000, pin=2900), 4096, "window and pin are 2908 tokens, must be less than 2,768"),
     ],

@@ -40,7 +40,7 @@ def test_json_object_of_a_packaged_model() -> None:
     expected = {
         "policy": "latest",
         "budget": 1024,
-        "buffer": 128,
+        "buffer": 256,
         "recent": 96,
         "pin": 4,
         "cells_allocated": 1024 + 256,

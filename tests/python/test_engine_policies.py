@@ -42,6 +42,7 @@ def grow(llama: Llama, prompt: list[int], n: int) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_defaults_of_a_policy_give_way_to_what_is_said(policy: str) -> None:
     usual = {
+        "buffer": 128,
         "window": 8,
         "recent": 0,
         "n_sim": 1,
@@ -54,8 +55,9 @@ def test_defaults_of_a_policy_give_way_to_what_is_said(policy: str) -> None:
     }
     kv = KVBudget(policy=policy)
     assert {name: getattr(kv, name) for name in usual} == usual | POLICY_DEFAULTS.get(policy, {})
-    said = KVBudget(policy=policy, window=5, recent=30, lam=0.3, pin=3, pool=9, chunk=20)
-    assert (said.window, said.recent, said.lam, said.pin, said.pool, said.chunk) == (5, 30, 0.3, 3, 9, 20)
+    said = KVBudget(policy=policy, buffer=99, window=5, recent=30, lam=0.3, pin=3, pool=9, chunk=20)
+    found = (said.buffer, said.window, said.recent, said.lam, said.pin, said.pool, said.chunk)
+    assert found == (99, 5, 30, 0.3, 3, 9, 20)
 
 
 def test_gkv_without_memory_is_possible() -> None:

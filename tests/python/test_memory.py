@@ -195,7 +195,7 @@ def test_with_plenty_nothing_changes(repacked: Path) -> None:
 
 def test_each_limit_is_kept_until_nothing_fits(repacked: Path, cpu_only: None) -> None:
     """From plenty down to nothing: what fits is below the limit, and what is given up comes in an order."""
-    order = ["weights are read", "prompt batch", "cache q8_0", "budget"]
+    order = ["weights are read", "prompt batch", "buffer", "cache q8_0", "budget"]
     limit = plan(repacked, "20GiB", **THREADS).total_bytes + MIB
     seen: set[str] = set()
     while True:
@@ -537,7 +537,19 @@ def test_run_adapts_and_says_so() -> None:
     assert result.exit_code == 0
     assert "so that it fits: " in result.stderr
     assert "prompt batch " in result.stderr
-    assert json.loads(result.stdout)["kv"]["cells_allocated"] < 1280
+    assert json.loads(result.stdout)["kv"]["cells_allocated"] == 1280
+
+
+def test_a_long_buffer_gives_way_unless_it_was_given() -> None:
+    fit = invoke(*one_thread(["fit", "smollm2", "--json"]))
+    limit = str(int((json.loads(fit.stdout)["plan"]["total_bytes"] - 12 * MIB) / 0.98))
+    args = one_thread(["run", "hi", "-m", "smollm2", "-n", "1", "--json", "--memory", limit])
+    result = invoke(*args)
+    assert "buffer 128 instead of 256" in result.stderr, result.output
+    assert json.loads(result.stdout)["kv"]["cells_allocated"] == 1024 + 128
+    result = invoke(*args, "--kv-buffer", "256")
+    assert "instead of" in result.stderr and "buffer 128" not in result.stderr
+    assert json.loads(result.stdout)["kv"]["buffer"] == 256
 
 
 def test_options_that_are_given_are_not_overruled() -> None:

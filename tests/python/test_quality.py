@@ -154,7 +154,7 @@ def test_fresh_problems_have_the_budgets_of_the_final_ones(tmp_path: Path) -> No
         r["task"]["kind"]: r["mean_tokens"] for r in found if not r["kv"] and r["task"]["split"] == "final"
     }
     fresh = [r for r in found if r["task"]["split"] == "fresh"]
-    assert len(fresh) == 2 + 16 and {r["problems"] for r in fresh} == {2}
+    assert len(fresh) == 2 + 16 + 8 and {r["problems"] for r in fresh} == {2}
     for row in fresh:
         if row["kv"]:
             assert row["budget"] == round(mean[row["task"]["kind"]] * row["asked_percent"] / 100)
@@ -231,6 +231,7 @@ def test_layers_are_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = [r for r in rows(out) if r["kv"]]
     assert {r["variant"] for r in found} == {
         f"{PUBLISHED} layers=calibrated",
+        f"{PUBLISHED} S=256 layers=calibrated",
         f"{candidate()} layers=uniform",
     }
     for row in found:

@@ -1,7 +1,7 @@
 """The shipped reasoner on 20 short problems: its weights, template, batching and eviction at work together.
 
 Bounds leave room for what other processors' rounding changes. Measured on x86-64 with AVX2: full cache 20,
-`latest` with 320 cells, 28 % of the mean trace, and its budgets by layer 18 (uniform: 14), `streaming` with
+`latest` with 320 cells, 28 % of the mean trace, and its budgets by layer 19 (uniform: 16), `streaming` with
 128 cells 0 of 20.
 """
 

@@ -291,7 +291,7 @@ def test_first_command_solves_a_problem_in_a_small_cache(monkeypatch: pytest.Mon
     assert found["text"].strip() == f"The answer is {p.answer}."
     # layers have different numbers of cells; a full cache takes 10 KiB per token (models/README.md)
     assert found["tokens"]["generated"] * 10 * 1024 > 2 * found["kv"]["bytes_allocated"]
-    assert found["kv"]["compactions"] > 10
+    assert found["kv"]["compactions"] > 5
 
 
 @pytest.mark.parametrize(

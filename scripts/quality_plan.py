@@ -149,9 +149,10 @@ def calibrated() -> Iterator[Job]:
 
 
 def divergences() -> Iterator[Job]:
-    """Over a long text: all policies, and the main ones with calibrated budgets by layer."""
+    """Over a long text: all policies, R-KV with our buffer, the main ones with calibrated budgets by layer."""
     for policy in (*MAIN, *OTHERS):  # for this model a calibration lies elsewhere than beside it
         yield Job("", "kl", policy, cells=CELLS, fields=(("layer_budgets", "uniform"),) * (policy == OURS))
+    yield Job("", "kl", PUBLISHED, cells=CELLS, fields=OUR_BUFFER)
     yield from (Job("", "kl", policy, cells=CELLS, calibrated=True) for policy in MAIN)
 
 

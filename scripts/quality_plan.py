@@ -149,7 +149,7 @@ def calibrated() -> Iterator[Job]:
 
 
 def divergences() -> Iterator[Job]:
-    """Over a long text: all policies, R-KV with our buffer, the main ones with calibrated budgets by layer."""
+    """Over a long text: all policies, R-KV with our buffer too, the main ones with calibrated budgets."""
     for policy in (*MAIN, *OTHERS):  # for this model a calibration lies elsewhere than beside it
         yield Job("", "kl", policy, cells=CELLS, fields=(("layer_budgets", "uniform"),) * (policy == OURS))
     yield Job("", "kl", PUBLISHED, cells=CELLS, fields=OUR_BUFFER)

@@ -165,6 +165,7 @@ class Planner:
             kv_layers=measured.layers,
             kv_others=measured.others,
             kv_budget=measured.kv.budget if measured.kv else None,
+            kv_buffer=measured.kv.buffer if measured.kv else None,
             cells=measured.cells,
             cache_type=cache_name(setting),
             n_seq=measured.n_seq,
@@ -239,8 +240,9 @@ class Planner:
         """Settings that take less and less, each with what was given up.
 
         First what costs nothing but time at the start (reading weights instead of mapping them where they are
-        repacked), then speed (a smaller prompt batch, with a shorter buffer; fewer layers on the GPU), then
-        precision (a quantised cache), and last what is remembered (the budget, or the reach of a full cache).
+        repacked), then speed (a smaller prompt batch, fewer layers on the GPU), then precision (a quantised
+        cache), and last what is remembered (first cells beside the budget, by a shorter buffer and batch; the
+        budget, or the reach of a full cache).
         """
         reasons: list[str] = []
         measured = self.probe.measure(setting)
@@ -249,8 +251,8 @@ class Planner:
             reasons = [*reasons, "weights are read, not mapped: repacked ones would be there twice"]
             yield setting, reasons
         before = reasons
-        for smaller, given_up in self._batches(setting, free, measured.n_batch):
-            setting, reasons = smaller, [*before, *given_up]
+        for smaller, batch in self._batches(setting, free, measured.n_batch):
+            setting, reasons = smaller, [*before, batch]
             yield setting, reasons
         if "n_gpu_layers" in free and self.gpus:
             layers = self._most_layers(setting)
@@ -265,6 +267,16 @@ class Planner:
                 reasons = [*reasons, f"cache {cache_name(setting)} instead of f16"]
         if setting.kv is not None and setting.kv.active:
             kv = setting.kv
+            shorter = max(LEAST_BUFFER, kv.n_batch if setting.n_batch is None else setting.n_batch)
+            if "kv_buffer" in free and shorter < kv.buffer:
+                setting = replace(setting, kv=replace(kv, buffer=shorter))
+                reasons = [*reasons, f"buffer {shorter} instead of {kv.buffer}"]
+                yield setting, reasons
+                for smaller, batch in self._batches(setting, free, measured.n_batch):
+                    setting = smaller
+                    reasons = [batch if reason.startswith("prompt batch") else reason for reason in reasons]
+                    yield setting, reasons
+            kv = setting.kv or kv
             if "kv_budget" in free and not isinstance(kv.layer_budgets, tuple):
                 budget = kv.budget
                 while budget // 2 >= max(LEAST_BUDGET, kv.least_budget):
@@ -281,25 +293,16 @@ class Planner:
                 )
 
     @staticmethod
-    def _batches(setting: Setting, free: frozenset[str], n_batch: int) -> Iterator[tuple[Setting, list[str]]]:
-        """Smaller prompt batches. Cells beside the budget are for the longer of batch and buffer."""
-        usual, batch = setting.kv, n_batch
-        while True:
-            kv = setting.kv
-            if kv is not None and kv.active and "kv_buffer" in free and max(batch, LEAST_BUFFER) < kv.buffer:
-                kv = replace(kv, buffer=max(batch, LEAST_BUFFER))
-            elif "n_batch" in free and batch // 2 >= max(LEAST_BATCH, kv.buffer // 4 if kv else 0):
-                batch //= 2
-            else:
-                return
-            setting = replace(setting, kv=kv)
-            reasons = []
-            if batch < n_batch:
-                setting = replace(setting, n_batch=batch, n_ubatch=None)
-                reasons.append(f"prompt batch {batch} instead of {n_batch}")
-            if kv is not None and usual is not None and kv.buffer < usual.buffer:
-                reasons.append(f"buffer {kv.buffer} instead of {usual.buffer}")
-            yield setting, reasons
+    def _batches(setting: Setting, free: frozenset[str], n_batch: int) -> Iterator[tuple[Setting, str]]:
+        """Smaller and smaller prompt batches than n_batch, each with what to say."""
+        kv = setting.kv
+        batch = min(n_batch, setting.n_batch or n_batch)
+        while "n_batch" in free and batch // 2 >= max(LEAST_BATCH, kv.buffer // 4 if kv else 0):
+            batch //= 2
+            if kv is not None and kv.batch is not None:
+                kv = replace(kv, batch=batch)
+            setting = replace(setting, kv=kv, n_batch=batch, n_ubatch=None)
+            yield setting, f"prompt batch {batch} instead of {n_batch}"
 
     @staticmethod
     def _quantised(setting: Setting, free: frozenset[str]) -> Iterator[Setting]:

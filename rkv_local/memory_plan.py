@@ -36,8 +36,9 @@ class Plan:
     compactions) and other (the program itself, or the GPU driver's share) make up the total; all in bytes.
     n_gpu_layers: 0 without a GPU; n_layer + 1 is all, with the output. kv_layers: layers with `cells`, 0
     if not known; kv_others: what else is in kv_bytes, "windows" (caches of sliding windows) and "states" (of
-    recurrent layers). kv_budget: None for a full cache of n_ctx cells. cache_type: of K, and of V where that
-    is another, as K/V. lacking_bytes: how much too much it is. reasons: what was changed, or why none fits.
+    recurrent layers). kv_budget, kv_buffer: None for a full cache of n_ctx cells. cache_type: of K, and of V
+    where that is another, as K/V. lacking_bytes: how much too much it is. reasons: what was changed, or why
+    none fits.
     """
 
     fits: bool
@@ -54,6 +55,7 @@ class Plan:
     kv_layers: int
     kv_others: tuple[str, ...]
     kv_budget: int | None
+    kv_buffer: int | None
     cells: int
     cache_type: str
     n_seq: int
@@ -109,11 +111,10 @@ def difference(wanted: Plan, other: Plan, fixed: Collection[str]) -> list[str]:
     """Options of the command line, among those that fix something, that turn one plan into another."""
     k, v = other.setting.type_k, other.setting.type_v
     flash = ["-fa on"] if is_quantised(v) and "flash_attn" in fixed else []
-    buffer, usual = (plan.setting.kv.buffer if plan.setting.kv else None for plan in (other, wanted))
     changes = [
         ("n_seq", other.n_seq != wanted.n_seq, [f"-np {other.n_seq}"]),
         ("kv_budget", other.kv_budget != wanted.kv_budget, [f"--kv-budget {other.kv_budget}"]),
-        ("kv_buffer", buffer != usual, [f"--kv-buffer {buffer}"]),
+        ("kv_buffer", other.kv_buffer != wanted.kv_buffer, [f"--kv-buffer {other.kv_buffer}"]),
         ("n_ctx", other.n_ctx != wanted.n_ctx, [f"-c {other.n_ctx}"]),
         ("cache_type", other.cache_type != wanted.cache_type, [f"-ctk {k} -ctv {v}", *flash]),
         ("n_batch", other.n_batch != wanted.n_batch, [f"-b {other.n_batch}"]),
@@ -125,5 +126,6 @@ def difference(wanted: Plan, other: Plan, fixed: Collection[str]) -> list[str]:
 def differences(plan: Plan) -> list[str]:
     """A plan in a few words."""
     words = [f"budget {plan.kv_budget}" if plan.kv_budget else f"context {plan.n_ctx:,}"]
+    words += [f"buffer {plan.kv_buffer}"] if plan.kv_buffer else []
     words += [f"cache {plan.cache_type}", f"batch {plan.n_batch}"]
     return words

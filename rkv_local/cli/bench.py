@@ -52,7 +52,7 @@ class Depths(click.ParamType):
 @opt("-d --depth", "Tokens before the measured ones.", Depths(), "0,2048,6144", "N,N,...")
 @opt(
     "-n --n-gen",
-    "Tokens in a stretch, rounded up to a multiple of --kv-buffer (default: one, or 128 with policy none).",
+    "Tokens in a stretch, rounded up to a multiple of --kv-buffer (default: 128).",
     AT_LEAST_1,
 )
 @opt("-r --repetitions", "Stretches of each kind, in turns.", AT_LEAST_1, 5)
@@ -98,7 +98,7 @@ def bench(**values: Any) -> None:
         model=model.path,
         kv=kv,
         depths=values["depth"],
-        n=values["n_gen"] or (kv.buffer if kv else 128),
+        n=values["n_gen"] or 128,
         repetitions=values["repetitions"],
         flash_attn=settings,
         parallel=values["parallel"] or 1,

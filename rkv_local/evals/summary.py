@@ -200,10 +200,17 @@ class Section:
         return seen
 
     def base(self, label: str) -> str:
-        """The variant of a policy that others are compared with: its defaults, else the most measured."""
+        """The variant of a policy that others are compared with: its defaults, else the most measured.
+
+        Of as many measured that with the fewest changes.
+        """
         policy = label.partition(" ")[0]
         seen = {name: cols for name, cols in self.variants.items() if name.partition(" ")[0] == policy}
-        return policy if policy in seen or not seen else max(seen, key=lambda name: len(seen[name]))
+        return (
+            policy
+            if policy in seen or not seen
+            else max(seen, key=lambda name: (len(seen[name]), -len(name.split())))
+        )
 
     def find(self, label: str, column_: tuple[int, float], rows: Sequence[Row] | None = None) -> Row | None:
         """The row of a variant and a budget, with f16 keys and values unless rows are given."""

@@ -113,7 +113,7 @@ def test_stretches_are_whole_periods() -> None:
     assert json.loads(result.stdout)["params"]["n"] == 64
     result = invoke(*args)
     assert "becomes" not in result.stderr
-    assert json.loads(result.stdout)["params"]["n"] == 32
+    assert json.loads(result.stdout)["params"]["n"] == 128
     plan = Plan(talker(), KVBudget(budget=64, buffer=32, batch=32), n=32)
     assert plan.whole_periods() == plan
     assert replace(plan, n=1).whole_periods().n == 32

@@ -30,6 +30,7 @@ from llamas import write_unsupported
 from rkv_local import KVBudget, Llama, Plan, RKVError, Session, _native, devices, memory, plan
 from rkv_local.devices import Device
 from rkv_local.memory import FREE, Planner
+from rkv_local.models import resolve
 from rkv_local.probe import MAIN, Measured, Part, Probe, Setting
 from rkv_local.sizes import GIB, MIB, parse_size, show
 from rpc_client import has_rpc, started
@@ -195,7 +196,7 @@ def test_with_plenty_nothing_changes(repacked: Path) -> None:
 
 def test_each_limit_is_kept_until_nothing_fits(repacked: Path, cpu_only: None) -> None:
     """From plenty down to nothing: what fits is below the limit, and what is given up comes in an order."""
-    order = ["weights are read", "prompt batch", "buffer", "cache q8_0", "budget"]
+    order = ["weights are read", "prompt batch", "cache q8_0", "buffer", "budget"]
     limit = plan(repacked, "20GiB", **THREADS).total_bytes + MIB
     seen: set[str] = set()
     while True:
@@ -214,7 +215,9 @@ def test_each_limit_is_kept_until_nothing_fits(repacked: Path, cpu_only: None) -
     missing, near = made.reasons
     assert re.match(r"[\d.]+ MiB too much \(2 % stay in reserve\): model ", missing)
     least = re.search(
-        r"the least that this model works with is ([\d.]+) MiB \(budget 256, cache q8_0, batch 32\)", near
+        r"the least that this model works with is ([\d.]+) MiB "
+        r"\(budget 256, buffer 128, cache q8_0, batch 32\)",
+        near,
     )
     assert least
     enough = plan(
@@ -308,8 +311,9 @@ def test_the_line() -> None:
     made = Plan(
         fits=True, weights_bytes=round(4.58 * GIB), kv_bytes=round(0.14 * GIB), rings_bytes=0,
         compute_bytes=round(0.25 * GIB), other_bytes=0, total_bytes=round(4.97 * GIB), limit_bytes=6 * GIB,
-        lacking_bytes=0, n_gpu_layers=0, n_layer=32, kv_layers=32, kv_others=(), kv_budget=1024, cells=1152,
-        cache_type="f16", n_seq=1, n_ctx=32768, n_batch=128, n_ubatch=128, use_mmap=True,
+        lacking_bytes=0, n_gpu_layers=0, n_layer=32, kv_layers=32, kv_others=(), kv_budget=1024,
+        kv_buffer=128, cells=1152, cache_type="f16", n_seq=1, n_ctx=32768, n_batch=128, n_ubatch=128,
+        use_mmap=True,
         devices=(memory.DevicePlan(MAIN, 0, 0, 0, 0, 0),), setting=Setting(),
     )  # fmt: skip
     text = "model 4.58 GiB + KV 0.14 GiB (1,152 cells × 32 layers) + compute 0.25 GiB = 4.97 of 6.00 GiB"
@@ -540,15 +544,21 @@ def test_run_adapts_and_says_so() -> None:
     assert json.loads(result.stdout)["kv"]["cells_allocated"] == 1280
 
 
-def test_a_long_buffer_gives_way_unless_it_was_given() -> None:
-    fit = invoke(*one_thread(["fit", "smollm2", "--json"]))
-    limit = str(int((json.loads(fit.stdout)["plan"]["total_bytes"] - 12 * MIB) / 0.98))
-    args = one_thread(["run", "hi", "-m", "smollm2", "-n", "1", "--json", "--memory", limit])
-    result = invoke(*args)
-    assert "buffer 128 instead of 256" in result.stderr, result.output
-    assert json.loads(result.stdout)["kv"]["cells_allocated"] == 1024 + 128
+def test_a_long_buffer_gives_way_unless_it_was_given(cpu_only: None) -> None:
+    path = resolve("smollm2").path
+    limit = plan(path, "2GiB", **THREADS).total_bytes - 20 * MIB
+    made = plan(path, limit, **THREADS)
+    assert made.fits and (made.kv_buffer, made.cells, made.cache_type) == (256, 1280, "q8_0")
+    while made.kv_buffer == 256:
+        limit -= MIB // 2
+        made = plan(path, limit, **THREADS)
+    assert made.fits and (made.kv_buffer, made.cells) == (128, 1152)
+    assert made.reasons[1:] == ("cache q8_0 instead of f16", "buffer 128 instead of 256")
+    kept = plan(path, limit, kv=KVBudget(), **THREADS)
+    assert not kept.fits and kept.kv_buffer == 256 and "--kv-buffer 128" in kept.reasons[1]
+    args = one_thread(["run", "hi", "-m", "smollm2", "-n", "1", "--json", "--memory", str(limit - 4 * MIB)])
     result = invoke(*args, "--kv-buffer", "256")
-    assert "instead of" in result.stderr and "buffer 128" not in result.stderr
+    assert "cache q8_0 instead of f16; budget " in result.stderr, result.output
     assert json.loads(result.stdout)["kv"]["buffer"] == 256
 
 
@@ -605,7 +615,7 @@ def test_fit_as_json() -> None:
     found = fitting("--memory", "1GiB", "-np", "2")
     names = {
         *("weights_bytes", "kv_bytes", "compute_bytes", "total_bytes", "limit_bytes"),
-        *("n_gpu_layers", "kv_budget", "cache_type", "n_seq", "fits"),
+        *("n_gpu_layers", "kv_budget", "kv_buffer", "cache_type", "n_seq", "fits"),
     }
     assert names <= found["plan"].keys()
     assert found["limit_bytes"] == GIB

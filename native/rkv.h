@@ -56,8 +56,8 @@ struct rkv_params {
 };
 
 // latest, 1024 + 256 cells, window 8, pin 4, pool 7, lambda 0.1, threshold 0.5; n_sim, memory, chunk, recent and value_weight the
-// policy's own, growth 4, value_share 0.1, seed 0. The papers' other values are up to the caller: buffer 128, gkv lambda 0.5 and pool 1, rpc window
-// 32 and the prompt pinned, chunkkv pool 1.
+// policy's own, growth 4, value_share 0.1, seed 0. The papers' other values are up to the caller: buffer 128, gkv lambda 0.5 and
+// pool 1, rpc window 32 and the prompt pinned, chunkkv pool 1.
 LLAMA_API struct rkv_params rkv_default_params(void);
 
 LLAMA_API int32_t      rkv_version   (void);

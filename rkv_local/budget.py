@@ -53,8 +53,10 @@ _DEFAULTS: dict[str, Any] = {
     "pool": 7,
     "memory": 0.0,
     "chunk": 10,
+    "recent": 0,  # the window
+    "n_sim": 1,
+    "value_weight": 0.0,
 }
-_DEFAULTS |= {"recent": 0, "n_sim": 1, "value_weight": 0.0}  # recent: the window
 _OWN: Any = None  # the policy's own default
 
 SCHEDULES: dict[str, str] = {

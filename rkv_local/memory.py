@@ -265,10 +265,10 @@ class Planner:
                 yield setting, [*reasons, f"cache {cache_name(setting)} instead of f16"]
             if setting.type_k != "f16":
                 reasons = [*reasons, f"cache {cache_name(setting)} instead of f16"]
-        if setting.kv is not None and setting.kv.active:
-            kv = setting.kv
+        kv = setting.kv
+        if "kv_buffer" in free and kv is not None and kv.active:
             shorter = max(LEAST_BUFFER, kv.n_batch if setting.n_batch is None else setting.n_batch)
-            if "kv_buffer" in free and shorter < kv.buffer:
+            if shorter < kv.buffer:
                 setting = replace(setting, kv=replace(kv, buffer=shorter))
                 reasons = [*reasons, f"buffer {shorter} instead of {kv.buffer}"]
                 yield setting, reasons
@@ -276,7 +276,8 @@ class Planner:
                     setting = smaller
                     reasons = [batch if reason.startswith("prompt batch") else reason for reason in reasons]
                     yield setting, reasons
-            kv = setting.kv or kv
+        if setting.kv is not None and setting.kv.active:
+            kv = setting.kv
             if "kv_budget" in free and not isinstance(kv.layer_budgets, tuple):
                 budget = kv.budget
                 while budget // 2 >= max(LEAST_BUDGET, kv.least_budget):

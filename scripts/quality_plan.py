@@ -25,7 +25,7 @@ OTHERS = tuple(p for p in POLICIES if p not in (*MAIN, "none", "given"))
 ABLATIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("lam", (0.0, 0.01, 0.5, 1.0)),
     ("window", (4, 16, 32)),
-    ("buffer", (32, 64, 128, 256)),
+    ("buffer", (32, 64, 128)),  # R-KV with ours: buffers()
     ("pool", (1, 3, 15)),
     ("pin", (0, "prompt")),
     ("memory", (0.9,)),
@@ -121,10 +121,7 @@ def ablations() -> Iterator[Job]:
                 for name, values in ABLATIONS + OWN_ABLATIONS.get(policy, ()):
                     for value in values:
                         usual = getattr(KVBudget(policy=policy), name)
-                        if value != usual and (policy, (name, value)) != (
-                            PUBLISHED,
-                            *OUR_BUFFER,
-                        ):  # buffers()
+                        if value != usual:
                             yield Job("", kind, policy, percent, fields=((name, value),))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkv_local.cli import ui
-from rkv_local.cli.memory import fitted_bench
+from rkv_local.cli.memory import fitted_bench, given
 from rkv_local.cli.options import budget_of, default_threads
 from rkv_local.cli.params import (
     AT_LEAST_1,
@@ -50,11 +50,7 @@ class Depths(click.ParamType):
 @click.command("bench")
 @model_option()
 @opt("-d --depth", "Tokens before the measured ones.", Depths(), "0,2048,6144", "N,N,...")
-@opt(
-    "-n --n-gen",
-    "Tokens in a stretch, rounded up to a multiple of --kv-buffer (default: 128).",
-    AT_LEAST_1,
-)
+@opt("-n --n-gen", "Tokens in a stretch, rounded up to a multiple of --kv-buffer.", AT_LEAST_1, 128)
 @opt("-r --repetitions", "Stretches of each kind, in turns.", AT_LEAST_1, 5)
 @opt("-np --parallel", "Sequences at once; auto: as many as fit in --memory.", Parallel(), 1, "N|auto")
 @memory_option()
@@ -98,7 +94,7 @@ def bench(**values: Any) -> None:
         model=model.path,
         kv=kv,
         depths=values["depth"],
-        n=values["n_gen"] or 128,
+        n=values["n_gen"],
         repetitions=values["repetitions"],
         flash_attn=settings,
         parallel=values["parallel"] or 1,
@@ -113,7 +109,7 @@ def bench(**values: Any) -> None:
             f"--depth {max(plan.depths)} is out of reach: {plan.cells:,} cells for --parallel {plan.parallel}"
         )
     plan = fitted_bench(plan, values)
-    if plan.kv and plan.n != (values["n_gen"] or plan.n):
+    if plan.kv and plan.n != values["n_gen"] and given("n_gen"):
         ui.line(f"-n {values['n_gen']} becomes {plan.n}: whole periods of {plan.kv.buffer} tokens")
     doing = [""]
     start = time.monotonic()

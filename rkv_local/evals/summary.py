@@ -206,11 +206,9 @@ class Section:
         """
         policy = label.partition(" ")[0]
         seen = {name: cols for name, cols in self.variants.items() if name.partition(" ")[0] == policy}
-        return (
-            policy
-            if policy in seen or not seen
-            else max(seen, key=lambda name: (len(seen[name]), -len(name.split())))
-        )
+        if policy in seen or not seen:
+            return policy
+        return max(seen, key=lambda name: (len(seen[name]), -len(name.split())))
 
     def find(self, label: str, column_: tuple[int, float], rows: Sequence[Row] | None = None) -> Row | None:
         """The row of a variant and a budget, with f16 keys and values unless rows are given."""
